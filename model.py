@@ -1,0 +1,337 @@
+"""
+The whole network: SmolLM2, a Llama-style decoder. Token ids go in, logits or a loss come out.
+
+    from model import ModelConfig, SmolLM2
+    model = SmolLM2(ModelConfig())         # the shape of SmolLM2-135M, random weights
+    logits = model(idx)                    # (B, T) -> (B, T, V)
+    loss = model(idx, targets)             # mean cross-entropy in nats per token
+    for ids in model.generate(idx, 100):   # one (B,) of new ids at a time
+
+Module names are those of the release, so its state dict loads with strict=True and no key map.
+
+Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value heads, D head
+dimension, V vocabulary, S positions held in the cache.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The release's own names for its numbers. The defaults are SmolLM2-135M."""
+
+    vocab_size: int = 49_152
+    hidden_size: int = 576
+    intermediate_size: int = 1_536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int = 64
+    max_position_embeddings: int = 8_192
+    rope_theta: float = 100_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 1 / 24
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
+
+
+PRESETS = {
+    "135M": ModelConfig(),
+    "360M": ModelConfig(
+        hidden_size=960, intermediate_size=2_560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
+    ),
+    "1.7B": ModelConfig(
+        hidden_size=2_048, intermediate_size=8_192, num_hidden_layers=24, num_attention_heads=32,
+        num_key_value_heads=32, rope_theta=130_000.0, initializer_range=0.02,
+    ),
+}  # fmt: skip
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension; statistics in fp32 whatever comes in."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rope_tables(config, length):
+    """cos and sin of position * theta^(-2i/D), each (length, D/2) in fp32."""
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim  # (D/2,)
+    angles = torch.outer(torch.arange(length).float(), 1.0 / config.rope_theta**exponents)  # (length, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """
+    RoPE on x (B, H, T, D) with tables (T, D/2). The pairs are (i, i + D/2): the "half-split" layout of
+    the release. The other convention, pairs (2i, 2i + 1), is a different network with the same shapes.
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each; the tables stay fp32, so the turn does too
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries: query head h reads key/value head h // (H/K)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, D)
+        # A lone query is the newest position: it may look at all there is, and needs no mask.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SmolLM2(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
+        # The head is tied: logits are read off with embed_tokens.weight itself, so there is no lm_head.
+        cos, sin = rope_tables(config, config.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # the norms start at one and stay there
+                nn.init.normal_(p, mean=0.0, std=config.initializer_range)
+
+    def hidden(self, idx, caches=None):
+        """
+        Token ids (B, T) -> final hidden states (B, T, C), after the last norm.
+
+        caches  one KVCache a layer: positions count on from what they hold, and T must be 1 unless
+                they are empty.
+        """
+        past = caches[0].length if caches else 0
+        T = idx.shape[1]
+        if past + T > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{past + T} tokens do not fit a context of {self.config.max_position_embeddings} "
+                "(max_position_embeddings)"
+            )
+        if past and T > 1:
+            raise ValueError("with a filled cache, give one token at a time")
+        cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D/2)
+        x = self.model.embed_tokens(idx)  # (B, T, C)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, caches[i] if caches else None)
+        return self.model.norm(x)
+
+    def forward(self, idx, targets=None):
+        """
+        idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy, a scalar in
+        nats per token, in fp32. Raises ValueError when T exceeds max_position_embeddings.
+        """
+        x = self.hidden(idx)
+        head = self.model.embed_tokens.weight  # (V, C)
+        if targets is None:
+            return F.linear(x, head)
+        return cross_entropy(x.flatten(0, 1), head, targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None):
+        """
+        Continue idx (B, T) by up to max_new_tokens, yielding one (B,) tensor of new ids at a time.
+
+        temperature  0 is greedy: the likeliest token, always
+        top_k        keep the k likeliest tokens
+        top_p        keep the fewest likeliest tokens whose probabilities reach p
+        stop_ids     end once every row has produced one of these; a row that has goes on repeating it
+        generator    torch.Generator to draw from, so that sampling disturbs no other stream
+
+        When the context (max_position_embeddings) is full, the older half is forgotten.
+        Raises ValueError when idx itself is longer than the context.
+        """
+        context = self.config.max_position_embeddings
+        size = min(context, idx.shape[1] + max_new_tokens)
+        caches = [KVCache(size) for _ in self.model.layers]
+        stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        fresh = idx  # what the network has not read yet
+        for _ in range(max_new_tokens):
+            if caches[0].length == context:  # full: read the newer half again, from position 0
+                fresh = idx[:, -(context - context // 2) :]
+                caches = [KVCache(context) for _ in caches]
+            x = self.hidden(fresh, caches)[:, -1]  # (B, C)
+            logits = F.linear(x, self.model.embed_tokens.weight).float()  # (B, V)
+            new = pick(logits, temperature, top_k, top_p, generator)  # (B,)
+            new = torch.where(stopped, idx[:, -1], new)
+            yield new
+            for stop_id in stop_ids:
+                stopped |= new == stop_id
+            if stopped.all():
+                return
+            fresh = new[:, None]
+            idx = torch.cat((idx, fresh), dim=1)
+
+
+class KVCache:
+    """Keys and values of one layer: room for `size` positions, filled from the left."""
+
+    def __init__(self, size):
+        self.size, self.length = size, 0
+        self.k = self.v = None
+
+    def append(self, k, v):
+        """k, v (B, K, T, D), the newest positions -> all keys and values so far, (B, K, S, D) each."""
+        if self.k is None:  # only now are the heads, the dtype and the device known
+            self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """One id a row from logits (B, V): (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        before = sorted_probs.cumsum(-1) - sorted_probs  # what the likelier tokens hold already
+        probs = probs.scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """
+    Mean cross-entropy of hidden states x (N, C) read off with head (V, C), against targets (N,).
+
+    Equal to F.cross_entropy(F.linear(x, head), targets), but a chunk of tokens at a time, each chunk's
+    gradients made while its logits are at hand: at V = 49,152 the logits of 16,384 tokens would be
+    3.2 GB, and their gradient as much again. Products are taken in autocast's dtype where that is on;
+    the softmax and the sums are fp32.
+    """
+
+    CHUNK = 1_024  # tokens: 200 MB of fp32 logits
+
+    @staticmethod
+    def forward(ctx, x, head, targets, with_grad):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.dtypes = x.dtype, head.dtype
+        N, w = len(x), head.to(dtype)
+        loss = torch.zeros((), device=x.device)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(head)) if with_grad else (None, None)
+        for i in range(0, N, CrossEntropy.CHUNK):
+            h = x[i : i + CrossEntropy.CHUNK].to(dtype)  # (n, C)
+            t = targets[i : i + CrossEntropy.CHUNK, None]  # (n, 1)
+            log_probs = F.linear(h, w).float().log_softmax(-1)  # (n, V)
+            at_target = log_probs.gather(1, t)  # (n, 1)
+            loss -= at_target.sum()
+            if with_grad:
+                # d loss / d logits = softmax - one-hot of the target, over N
+                dlogits = log_probs.exp_().scatter_(1, t, at_target.exp() - 1).div_(N).to(dtype)
+                dx[i : i + CrossEntropy.CHUNK] = dlogits @ w
+                if dtype == dw.dtype:
+                    dw.addmm_(dlogits.T, h)
+                else:
+                    dw += dlogits.T @ h
+        ctx.save_for_backward(dx, dw)
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None
+
+
+def cross_entropy(x, head, targets):
+    """x (N, C), head (V, C), targets (N,) -> mean cross-entropy in nats, a scalar."""
+    return CrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
+
+
+def parameter_table(config):
+    """Every parameter accounted for, as lines of text; counted from the network's own tensors."""
+    with torch.device("meta"):  # shapes without memory
+        model = SmolLM2(config)
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    def line(name, shape, n):
+        return f"{name:<32}{shape:>16}{n:>15,}"
+
+    def matrix(p):
+        return " x ".join(f"{n:,}" for n in p.shape)
+
+    net, block = model.model, model.model.layers[0]
+    lines = [line("embed_tokens (the head as well)", matrix(net.embed_tokens.weight), count(net.embed_tokens))]
+    lines.append(line("one block", "", count(block)))
+    for part, module in block.named_children():
+        lines.append(line(f"  {part}", "" if part in ("self_attn", "mlp") else matrix(module.weight), count(module)))
+        for name, p in module.named_children():
+            lines.append(line(f"    {name}", matrix(p.weight), count(p)))
+    lines.append(line(f"all {len(net.layers)} blocks", "", count(net.layers)))
+    lines.append(line("norm", matrix(net.norm.weight), count(net.norm)))
+    total = count(model)
+    lines.append(line("total", "", total) + f"   fp32 {4 * total / 1e6:,.0f} MB, bf16 {2 * total / 1e6:,.0f} MB")
+    return "\n".join(lines)
