@@ -9,6 +9,7 @@ A script lists its settings once, in a frozen dataclass at its top, and reads th
 `configure(XConfig)`. An unknown name or a value of the wrong type ends the run with one line
 and exit code 2, before anything is touched.
 """
+
 import contextlib
 import dataclasses
 import difflib

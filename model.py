@@ -12,6 +12,7 @@ Module names are those of the release, so its state dict loads with strict=True 
 Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value heads, D head
 dimension, V vocabulary, S positions held in the cache.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +156,7 @@ class SmolLM2(nn.Module):
         cos, sin = rope_tables(config, config.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() == 2:  # the norms start at one and stay there
                 nn.init.normal_(p, mean=0.0, std=config.initializer_range)
 

