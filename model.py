@@ -250,10 +250,10 @@ def pick(logits, temperature, top_k, top_p, generator):
     """One id a row from logits (B, V): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(weights(logits / temperature, top_k, top_p), 1, generator=generator).squeeze(1)
+    return torch.multinomial(sampling_probs(logits / temperature, top_k, top_p), 1, generator=generator).squeeze(1)
 
 
-def weights(logits, top_k, top_p):
+def sampling_probs(logits, top_k, top_p):
     """What each id is drawn by, from logits (B, V): softmax, and 0 where top_k or top_p leaves an id out."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)

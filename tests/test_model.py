@@ -1,0 +1,336 @@
+"""model.py against transformers and torch: the same weights and the same text must give the same numbers."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import model as model_py
+from model import PRESETS, KVCache, ModelConfig, SmolLM2, cross_entropy, parameter_table, pick, sampling_probs
+
+SMALL = ModelConfig(
+    vocab_size=256, hidden_size=72, intermediate_size=96, num_hidden_layers=3, num_attention_heads=9,
+    num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
+)  # fmt: skip
+SHAPES = {
+    "H/K 3": SMALL,
+    "H/K 1": replace(SMALL, num_attention_heads=3, num_key_value_heads=3, head_dim=24, rope_theta=130_000.0),
+    "H/K 4": replace(SMALL, hidden_size=64, num_attention_heads=8, num_key_value_heads=2, rms_norm_eps=1e-4),
+    "D not C/H": replace(SMALL, hidden_size=40, num_attention_heads=4, num_key_value_heads=1, head_dim=18),
+}
+
+
+def llama(config, **changes):
+    """transformers' network of a ModelConfig, in fp32 with plain attention."""
+    settings = asdict(config)
+    theta = settings.pop("rope_theta")
+    settings |= dict(rope_parameters={"rope_type": "default", "rope_theta": theta}, tie_word_embeddings=True)
+    settings |= dict(bos_token_id=None, eos_token_id=None)
+    return LlamaForCausalLM(LlamaConfig(**settings | changes, attn_implementation="eager")).eval()
+
+
+def loud(reference, seed=0):
+    """Weights of std 0.2: under the usual 0.02 a wrong network hardly differs from a right one."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in reference.parameters():
+        p.data.normal_(mean=float(p.dim() == 1), std=0.2, generator=generator)
+    return reference
+
+
+def ours(config, reference):
+    network = SmolLM2(config).eval()
+    tensors = {name: tensor for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
+    network.load_state_dict(tensors)
+    return network
+
+
+def ids(B, T, seed=1, vocab_size=256):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------
+# The network
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_are_those_of_transformers(shape):
+    config = SHAPES[shape]
+    reference = loud(llama(config))
+    network = ours(config, reference)
+    idx, targets = ids(2, 512), ids(2, 512, seed=2)
+    expected = reference(idx).logits
+    assert expected.abs().max() > 5  # loud enough to be worth comparing
+    torch.testing.assert_close(network(idx), expected, atol=1e-4, rtol=0)
+
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    loss = network(idx, targets)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=0)
+    expected_loss.backward()
+    loss.backward()
+    for name, p in reference.named_parameters():
+        grad = network.get_parameter(name).grad
+        assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+def interleaved(reference, config):
+    """q and k rows reordered so that RoPE's pairs are neighbours in the original weights."""
+    for layer in reference.model.layers:
+        for p in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+            p.data = p.data.view(-1, config.head_dim // 2, 2, p.shape[1]).transpose(1, 2).reshape(p.shape)
+
+
+def tiled(reference, config):
+    """Query heads reordered so that, in the original weights, head h reads KV head h % K."""
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    order = torch.arange(H).view(H // K, K).T.flatten()
+    for layer in reference.model.layers:
+        q, o = layer.self_attn.q_proj.weight, layer.self_attn.o_proj.weight
+        q.data = q.data.view(H, D, -1)[order].reshape(q.shape)
+        o.data = o.data.view(-1, H, D)[:, order].reshape(o.shape)
+
+
+MUTANTS = {
+    "theta 10,000": dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
+    "GELU": dict(hidden_act="gelu"),
+    "interleaved RoPE": interleaved,
+    "tiled KV heads": tiled,
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_another_network_with_the_same_weights_is_told_apart(mutant):
+    """The comparison above is seen to see: each way of getting it wrong moves the logits by far more than 1e-4."""
+    change = MUTANTS[mutant]
+    reference = loud(llama(SMALL, **(change if isinstance(change, dict) else {})))
+    network = ours(SMALL, reference)
+    if callable(change):
+        change(reference, SMALL)
+    with torch.no_grad():
+        assert (network(ids(1, 512)) - reference(ids(1, 512)).logits).abs().max() > 5e-3
+
+
+@pytest.fixture(scope="module")
+def real_reference(real_model):
+    reference = llama(real_model.config)
+    reference.load_state_dict(real_model.state_dict(), strict=False)
+    return reference
+
+
+def test_real_weights_on_real_text(real_model, real_reference, real_ids):
+    idx = real_ids[:512].view(2, 256)
+    with torch.no_grad():
+        logits, expected = real_model(idx), real_reference(idx).logits
+    assert F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()) < 3.5  # it does read English
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def test_bfloat16_autocast_is_close_to_fp32(real_model, real_ids):
+    idx, targets = real_ids[None, :128], real_ids[None, 1:129]
+    with torch.no_grad():
+        loss, logits = real_model(idx, targets), real_model(idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_bf16, logits_bf16 = real_model(idx, targets), real_model(idx)
+    assert loss_bf16.dtype == torch.float32 and logits_bf16.dtype == torch.bfloat16
+    assert abs(loss_bf16 - loss) < 0.02
+    assert (logits_bf16.argmax(-1) == logits.argmax(-1)).float().mean() > 0.9
+
+
+def test_state_dict_has_the_names_and_shapes_of_the_release():
+    with torch.device("meta"):
+        network, reference = SmolLM2(ModelConfig()), llama(ModelConfig())
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    expected = {name: p.shape for name, p in reference.state_dict().items() if name != "lm_head.weight"}
+    assert shapes == expected and len(shapes) == 272
+
+    network = SmolLM2(SMALL)
+    tensors = network.state_dict()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        network.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        network.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    for name, p in SmolLM2(replace(SMALL, vocab_size=2_048)).named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+        else:
+            assert abs(p.std().item() * 24 - 1) < 0.05 and abs(p.mean().item()) < 2e-3, name
+
+
+def test_parameter_table():
+    table = parameter_table(PRESETS["135M"])
+    for number in ("134,515,008", "28,311,552", "3,540,096", "884,736", "2,654,208", "331,776", "110,592",
+                   "106,202,880", "538 MB", "269 MB"):  # fmt: skip
+        assert number in table, number
+    assert "361,821,120" in parameter_table(PRESETS["360M"])
+    assert "1,711,376,384" in parameter_table(PRESETS["1.7B"])
+
+
+def test_what_does_not_fit_raises_value_error():
+    with pytest.raises(ValueError, match="multiple of num_key_value_heads"):
+        replace(SMALL, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="head_dim .* even"):
+        replace(SMALL, head_dim=7)
+    network = SmolLM2(replace(SMALL, max_position_embeddings=8))
+    network(ids(1, 8))
+    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+        network(ids(1, 9))
+    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+        next(network.generate(ids(1, 9), 1))
+    caches = [KVCache(8) for _ in range(SMALL.num_hidden_layers)]
+    network.hidden(ids(1, 3), caches)
+    with pytest.raises(ValueError, match="one token at a time"):
+        network.hidden(ids(1, 2), caches)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(model_py.CrossEntropy, "CHUNK", 16)
+
+
+def loss_inputs(N=37, C=24, V=101):
+    generator = torch.Generator().manual_seed(3)
+    x, head = torch.randn(N, C, generator=generator), torch.randn(V, C, generator=generator)
+    return x.requires_grad_(), head.requires_grad_(), torch.randint(V, (N,), generator=generator)
+
+
+def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks):
+    x, head, targets = loss_inputs()
+    expected = F.cross_entropy(F.linear(x, head), targets)
+    expected_grads = torch.autograd.grad(3 * expected, (x, head))  # times 3: a loss is scaled before backward
+    loss = cross_entropy(x, head, targets)
+    grads = torch.autograd.grad(3 * loss, (x, head))
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        silent = cross_entropy(x, head, targets)
+    assert silent == loss and not silent.requires_grad
+
+
+def test_cross_entropy_under_autocast(small_chunks):
+    x, head, targets = loss_inputs()
+    expected = F.cross_entropy(F.linear(x, head), targets)
+    expected_grads = torch.autograd.grad(expected, (x, head))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(x, head, targets)
+        with torch.no_grad():
+            assert cross_entropy(x, head, targets) == loss
+    grads = torch.autograd.grad(loss, (x, head))
+    assert loss.dtype == torch.float32 and abs(loss - expected) < 1e-2 * expected
+    for grad, exact in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - exact).norm() < 2e-2 * exact.norm()
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def generated(network, idx, n, **settings):
+    return torch.stack(list(network.generate(idx, n, **settings)), dim=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_is_that_of_transformers(shape):
+    reference = loud(llama(SHAPES[shape]))
+    network = ours(SHAPES[shape], reference)
+    idx = ids(3, 11)
+    expected = reference.generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(generated(network, idx, 40, temperature=0), expected[:, 11:])
+
+
+def test_greedy_with_real_weights_is_that_of_transformers(real_model, real_reference, real_ids):
+    idx = real_ids[:64].view(2, 32)
+    expected = real_reference.generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=16, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(generated(real_model, idx, 16, temperature=0), expected[:, 32:])
+
+
+@torch.no_grad()
+def test_cached_is_uncached():
+    network = ours(SMALL, loud(llama(SMALL)))
+    idx = ids(2, 60)
+    whole = network.hidden(idx)  # (B, T, C)
+    caches = [KVCache(60) for _ in range(SMALL.num_hidden_layers)]
+    parts = [network.hidden(idx[:, :20], caches)] + [network.hidden(idx[:, t : t + 1], caches) for t in range(20, 60)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [15, 16])
+def test_a_full_context_forgets_its_older_half(context):
+    config = replace(SMALL, max_position_embeddings=context)
+    network = ours(config, loud(llama(config)))
+    window, expected = ids(2, 9), []
+    for _ in range(40):  # without a cache, and from the docstring alone
+        if window.shape[1] > context:
+            window = window[:, -(context - context // 2) :]
+        expected.append(network(window)[:, -1].argmax(-1))
+        window = torch.cat((window, expected[-1][:, None]), dim=1)
+    assert torch.equal(generated(network, ids(2, 9), 40, temperature=0), torch.stack(expected, dim=1))
+    assert generated(network, ids(2, context), 3).shape == (2, 3)  # a prompt that fills the context
+
+
+def test_stop_ids():
+    network = ours(SMALL, loud(llama(SMALL)))
+    free = generated(network, ids(2, 9), 40, temperature=0)
+    ends = free[0, 5].item(), free[1, 12].item()  # two ids that the greedy rows do produce
+    first = [min(row.tolist().index(end) for end in ends if end in row) for row in free]
+    assert first[0] != first[1]
+    stopped = generated(network, ids(2, 9), 40, temperature=0, stop_ids=ends)
+    assert stopped.shape[1] == max(first) + 1
+    for row, free_row, n in zip(stopped, free, first, strict=True):
+        assert torch.equal(row[: n + 1], free_row[: n + 1])
+        assert (row[n:] == free_row[n]).all()
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, None), (0.7, 5, None), (1.3, None, 0.8), (0.7, 20, 0.6), (1.0, 1, None), (1.0, None, 0.0),
+    (1.0, 1_000, 0.999), (0.2, 3, 0.05),
+])  # fmt: skip
+def test_top_k_and_top_p_are_those_of_transformers(temperature, top_k, top_p):
+    logits = 4 * torch.randn(50, 256, generator=torch.Generator().manual_seed(4))
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p is not None:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    expected = expected.softmax(-1)
+    probs = sampling_probs(logits / temperature, top_k, top_p)
+    probs = probs / probs.sum(-1, keepdim=True)
+    assert torch.equal(probs > 0, expected > 0)
+    torch.testing.assert_close(probs, expected)
+
+    drawn = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(5))
+    assert (expected.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_ids_are_drawn_in_proportion():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    drawn = pick(logits.expand(20_000, 4), 0.5, None, None, torch.Generator().manual_seed(6))
+    expected = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30  # squared, for temperature is 1/2
+    torch.testing.assert_close(drawn.bincount() / 20_000, expected, atol=0.01, rtol=0)
+
+
+def test_a_generator_repeats_itself_and_disturbs_no_other():
+    network = ours(SMALL, loud(llama(SMALL)))
+    before = torch.get_rng_state()
+
+    def sample(seed):
+        return generated(network, ids(2, 9), 20, temperature=2.0, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sample(7), sample(7)) and not torch.equal(sample(7), sample(8))
+    assert torch.equal(torch.get_rng_state(), before)
