@@ -10,6 +10,7 @@ EMPTY = tempfile.TemporaryDirectory(prefix="hf-home-")  # deleted when the tests
 os.environ["HF_HOME"] = EMPTY.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # on cores shared with other work, two threads wait for each other: 5 times slower
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -17,8 +18,6 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from official import find_release, load_model, tokenizer_json  # noqa: E402
 from tokenizer import encode, load_tokenizer  # noqa: E402
-
-torch.set_num_threads(min(2, os.cpu_count()))
 
 
 @pytest.fixture(scope="session")
