@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import checkpoint_model, read_checkpoint, write_checkpoint
 from configurator import configure, differences
+from machine import autocast, pick_device, pick_dtype
 from model import ModelConfig, SmolLM2
 from official import checked, describe, find_release, load_model
 from tokenizer import encode, load_tokenizer
@@ -164,7 +165,7 @@ def get_blocks(data, first, count, block_size, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# The learning rate, the machine, the checkpoint, the log
+# The learning rate, the settings saved, the log, the plot
 
 
 def get_lr(config, iter_num):
@@ -179,39 +180,6 @@ def get_lr(config, iter_num):
         left = (config.lr_decay_iters - iter_num) / max(1, config.wsd_decay_iters)
         share = min(1.0, max(0.0, left))
     return config.min_lr + share * (config.learning_rate - config.min_lr)
-
-
-def pick_device(config, local_rank):
-    """The setting `device` resolved: the first of cuda, mps and cpu that is there."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: device {device} cannot be used ({str(error).splitlines()[0]}): try --device=auto")
-    return f"cuda:{local_rank}" if device == "cuda" else device
-
-
-def pick_dtype(config, device):
-    """The setting `dtype` resolved: on a CPU whichever multiplies matrices faster, by trying (50 ms)."""
-    if config.dtype != "auto":
-        if config.dtype == "bfloat16" and "cuda" in device and not torch.cuda.is_bf16_supported():
-            sys.exit(f"error: {device} does not do bfloat16: use --dtype=float32")
-        return config.dtype
-    if device != "cpu":
-        return "bfloat16" if "cuda" in device and torch.cuda.is_bf16_supported() else "float32"
-
-    def seconds(dtype):
-        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
 def saved_settings(config):
@@ -276,7 +244,7 @@ def load_weights(init_from, say):
     return load_model(release)
 
 
-def compile_blocks(model, config, device, autocast, say):
+def compile_blocks(model, config, device, say):
     """
     torch.compile every block, in place, so that names in the state dict stay as they are: one block's code
     serves all. Tried at once on a batch; where it fails (no C++ compiler, say), a line and eager blocks.
@@ -285,7 +253,7 @@ def compile_blocks(model, config, device, autocast, say):
         block.compile()
     try:
         x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
-        with autocast:
+        with autocast(device, config.dtype):
             loss = model(x, x)
         loss.backward()
     except Exception as error:  # a compiler fails in its own many ways
@@ -304,7 +272,7 @@ def compile_blocks(model, config, device, autocast, say):
 def train(config):
     # ---- Processes: one, or as many as torchrun started. Rank 0 speaks and writes.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1:
         dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=30))
     bar = tqdm(total=config.max_iters, disable=True if rank else None, unit="it", dynamic_ncols=True)
@@ -327,7 +295,7 @@ def train(config):
             say(f"For more: --init_from=resume --max_iters={resume['iter_num'] + 50}")
             return 0
         config = replace(config, init_from=resume["config"]["init_from"])  # how the run began stays on record
-    dtype = [pick_dtype(config, device)]
+    dtype = [pick_dtype(config.dtype, device)]
     if world_size > 1:
         dist.broadcast_object_list(dtype)
     config = replace(config, device=device.split(":")[0] if config.device == "auto" else config.device, dtype=dtype[0])
@@ -386,9 +354,8 @@ def train(config):
         del resume
 
     # ---- What computes: autocast for the matrix products, compiled blocks, one copy a process.
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if config.dtype == "bfloat16" else nullcontext()
     if config.compile:
-        config = replace(config, compile=compile_blocks(model, config, device, autocast, say))
+        config = replace(config, compile=compile_blocks(model, config, device, say))
     network = model
     if world_size > 1:
         network = DistributedDataParallel(model, broadcast_buffers=False)
@@ -405,7 +372,7 @@ def train(config):
         total = torch.zeros((), device=device)
         for i in range(rank, config.eval_iters, world_size):
             x, y = get_batch(val_data, 1, i * config.batch_size, config.batch_size)
-            with autocast:
+            with autocast(device, config.dtype):
                 total += model(x, y)
         if world_size > 1:
             dist.all_reduce(total)
@@ -416,7 +383,7 @@ def train(config):
         ids = encode(tokenizer, config.sample_prompt)
         idx = torch.tensor([ids], device=device)
         generator = torch.Generator(device).manual_seed(mix(config.seed, iter_num) >> 1)
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with autocast(device, config.dtype), torch.compiler.set_stance("force_eager"):
             new = model.generate(idx, config.sample_tokens, temperature=0.8, top_k=50, generator=generator)
             return tokenizer.decode(ids + [i.item() for i in new])
 
@@ -495,7 +462,7 @@ def train(config):
             last = i + config.batch_size >= count
             # gradients travel between processes once an iteration, with the last backward
             with nullcontext() if world_size == 1 or last else network.no_sync():
-                with autocast:
+                with autocast(device, config.dtype):
                     part = network(x[i : i + config.batch_size], y[i : i + config.batch_size]) * share
                 part.backward()
             loss += part.detach()
