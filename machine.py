@@ -39,16 +39,16 @@ def pick_dtype(dtype, device):
     if device != "cpu":
         return "bfloat16" if gpu_bf16 else "float32"
 
-    def seconds(dtype):
-        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+    matrices = {
+        name: (torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype))
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    seconds = dict.fromkeys(matrices, float("inf"))
+    for name in [*matrices] * 8:  # in turn, the best of each: a busy moment then harms neither
+        start = time.perf_counter()
+        torch.mm(*matrices[name])
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
 
 
 def autocast(device, dtype):

@@ -139,7 +139,7 @@ def permute(i, n, key):
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
         left, right = i >> bits, i & (1 << bits) - 1
-        for turn in range(4):
+        for turn in range(6):
             left, right = right, left ^ mix(key, turn, right) & (1 << bits) - 1
         i = left << bits | right
         if i < n:
@@ -153,7 +153,7 @@ def get_blocks(data, first, count, block_size, seed):
     them shifted by an offset of its own.
     """
     n = max(1, (len(data) - block_size) // block_size)  # blocks in an epoch, whatever its offset
-    offsets = min(block_size, len(data) - n * block_size)
+    offsets = len(data) - n * block_size  # where the first of them may start: every token is reached
     rows = []
     for index in range(first, first + count):
         epoch, i = divmod(index, n)
@@ -320,7 +320,10 @@ def train(config):
     torch.manual_seed(config.seed)
     shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
     if config.init_from == "scratch" or resume:
-        model = SmolLM2(ModelConfig(**shape))
+        try:
+            model = SmolLM2(ModelConfig(**shape))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     else:
         model = load_weights(config.init_from, say)
         config = replace(config, **asdict(model.config))
@@ -477,7 +480,7 @@ def train(config):
                 f"error: loss {loss} and gradient norm {grad_norm:.4g} at iteration {iter_num + 1}: {kept}; "
                 "lower learning_rate, or raise warmup_iters"
             )
-        lr = scheduler.get_last_lr()[0]
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()

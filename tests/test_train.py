@@ -1,0 +1,500 @@
+"""train.py: the loop held against a plain one of transformers and torch, the data order, and the exact resume."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from configurator import configure
+from train import TrainConfig, get_blocks, get_lr, mix, permute, saved_settings
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--hidden_size=32", "--intermediate_size=64", "--num_hidden_layers=2", "--num_attention_heads=2",
+    "--num_key_value_heads=1", "--head_dim=16", "--max_position_embeddings=64", "--batch_size=4", "--block_size=16",
+    "--learning_rate=0.01", "--warmup_iters=3", "--lr_decay_iters=12", "--max_iters=12", "--log_interval=1",
+    "--eval_interval=4", "--eval_iters=2", "--sample_interval=0", "--dtype=float32", "--device=cpu",
+]  # fmt: skip
+RESUME = ["--init_from=resume", "--max_iters=12"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, real_ids):
+    """A folder to run in, with real text in data/text: 3,000 tokens to train on, 500 to evaluate on."""
+    write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def write_data(folder, train_ids, val_ids):
+    folder.mkdir(parents=True)
+    meta = {"dtype": "uint16", "vocab_size": 49_152}
+    for split, ids in (("train", train_ids), ("val", val_ids)):
+        content = ids.numpy().astype("<u2").tobytes()
+        (folder / f"{split}.bin").write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        meta[split] = dict(tokens=len(ids), bytes=4 * len(ids), documents=1, sha256=sha256)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def run(*flags):
+    """train.py in this process; returns its exit code."""
+    argv = list(flags) if "--init_from=resume" in flags else [*TINY, "--dataset=text", *flags]
+    with pytest.raises(SystemExit) as exit:
+        train.main(configure(TrainConfig, argv, saved=saved_settings))
+    return exit.value.code
+
+
+def command(*flags, launcher=(), script="train.py"):
+    """The command line of train.py in a process of its own."""
+    argv = list(flags) if "--init_from=resume" in flags else [*TINY, "--dataset=text", *flags]
+    return [sys.executable, *launcher, str(ROOT / script), *argv]
+
+
+def torchrun(*flags):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(command(*flags, launcher=launcher), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def load(folder):
+    return torch.load(f"{folder}/ckpt.pt", weights_only=True)
+
+
+def flat(value, path=""):
+    """Every tensor and scalar of a checkpoint as {path: value}."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{path}/{i}").items()}
+    return {path: value}
+
+
+def differing(a, b, ignore=("/config/out_dir",)):
+    """Where two checkpoints are not the same to the bit."""
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    return [
+        path
+        for path in a
+        if path not in ignore
+        and not (torch.equal(a[path], b[path]) if torch.is_tensor(a[path]) else a[path] == b[path])
+    ]
+
+
+def rows(folder):
+    """log.csv without its timings."""
+    with open(f"{folder}/log.csv", newline="") as file:
+        return [row[:5] for row in csv.reader(file)]
+
+
+def assert_same(a, b, **how):
+    assert differing(load(a), load(b), **how) == []
+    assert rows(a) == rows(b)
+
+
+# ---- N straight = k + resume to N
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--gradient_accumulation_steps=2"],
+        ["--dtype=bfloat16"],
+        ["--batch_size=32"],  # 187 blocks of text: the sixth iteration crosses from one epoch into the next
+        ["--schedule=wsd", "--wsd_decay_iters=5", "--log_interval=5", "--sample_interval=3", "--sample_tokens=4"],
+    ],
+    ids=["plain", "accumulation", "bfloat16", "epoch", "wsd"],
+)
+def test_straight_equals_resumed(place, flags):
+    assert run("--out_dir=a", *flags) == 0
+    assert run("--out_dir=b", "--max_iters=5", *flags) == 0
+    assert differing(load("a"), load("b"))  # the comparison sees
+    assert run("--out_dir=b", *RESUME) == 0
+    assert_same("a", "b")
+    assert [row[0] for row in rows("a")[1:] if row[4]] == ["0", "4", "8", "12"]
+
+
+def test_killed_at_a_random_moment(place):
+    assert run("--out_dir=a", "--max_iters=60", "--lr_decay_iters=60") == 0
+    flags = ["--out_dir=b", "--max_iters=60", "--lr_decay_iters=60"]
+    last_words = random.randint(5, 50)
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(f"iter {last_words:6d} | loss"):
+            process.kill()
+            break
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    assert run("--out_dir=b", "--init_from=resume") == 0
+    assert_same("a", "b")
+
+
+KILLED_IN_SAVE = """
+import os, signal, sys, torch
+sys.path.insert(0, sys.argv.pop(1))
+import train
+save = torch.save
+def half(checkpoint, file):
+    save(checkpoint, file)
+    if checkpoint["iter_num"] == 8:
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+train.main(train.configure(train.TrainConfig, saved=train.saved_settings))
+"""
+
+
+def test_killed_inside_a_save(place):
+    assert run("--out_dir=a") == 0
+    argv = [*TINY, "--dataset=text", "--out_dir=b"]
+    process = subprocess.run([sys.executable, "-c", KILLED_IN_SAVE, str(ROOT), *argv], capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    assert load("b")["iter_num"] == 4  # the one before
+    assert run("--out_dir=b", *RESUME) == 0
+    assert_same("a", "b")
+    assert sorted(path.name for path in Path("b").iterdir()) == ["ckpt.pt", "log.csv", "loss.png"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_iteration_and_saves(place, number):
+    assert run("--out_dir=a") == 0  # to 12 and on to where the other ends
+    process = subprocess.Popen(
+        command("--out_dir=b", "--max_iters=1000000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("iter      5 | loss"):
+            process.send_signal(number)
+            break
+    output, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert errors == ""
+    reached = load("b")["iter_num"]
+    assert f"stopped by {number.name}: iteration {reached} is in b/ckpt.pt" in output
+    for folder in ("a", "b"):
+        assert run(f"--out_dir={folder}", "--init_from=resume", f"--max_iters={reached + 9}") == 0
+    assert differing(load("a"), load("b")) == []
+
+
+def test_looking_does_not_disturb(place):
+    """Other evaluations and samples: the same losses and the same weights to the bit."""
+    assert run("--out_dir=a") == 0
+    assert run("--out_dir=b", "--eval_interval=3", "--eval_iters=5", "--sample_interval=2", "--sample_tokens=3") == 0
+    a, b = load("a"), load("b")
+    assert differing(a["model"], b["model"]) == differing(a["optimizer"], b["optimizer"]) == []
+    assert [row for row in rows("a") if row[1]] == [row for row in rows("b") if row[1]]
+
+
+def test_torchrun(place):
+    """Two processes: straight equals resumed to the bit, and one process to 1e-5."""
+    assert run("--out_dir=one") == 0
+    torchrun("--out_dir=a")
+    torchrun("--out_dir=b", "--max_iters=5")
+    torchrun("--out_dir=b", *RESUME)
+    assert_same("a", "b")
+    one, two = load("one")["model"], load("a")["model"]
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    for left, right in zip(rows("one")[1:], rows("a")[1:], strict=True):
+        assert [float(x or 0) for x in left] == pytest.approx([float(x or 0) for x in right], abs=1e-4)
+
+
+def test_compiled_and_eager_share_checkpoints(place, capfd):
+    assert run("--out_dir=eager", "--max_iters=6") == 0
+    keys = flat(load("eager")).keys()
+    assert run("--out_dir=b", "--max_iters=2", "--compile=True") == 0
+    assert "compiled, " in capfd.readouterr().out
+    assert flat(load("b")).keys() == keys
+    assert run("--out_dir=b", "--init_from=resume", "--max_iters=4", "--compile=False") == 0
+    assert run("--out_dir=b", "--init_from=resume", "--max_iters=6", "--compile=True") == 0
+    assert flat(load("b")).keys() == keys
+    eager, mixed = load("eager")["model"], load("b")["model"]
+    assert max((eager[name] - mixed[name]).abs().max().item() for name in eager) < 1e-3
+
+
+def test_without_a_compiler_it_goes_on(place, capfd, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fail))
+    assert run("--out_dir=a", "--max_iters=2", "--compile=True") == 0
+    assert "compile     not possible here (RuntimeError: no C++ compiler): eager instead" in capfd.readouterr().out
+    assert load("a")["config"]["compile"] is False
+
+
+# ---- What a resume says and keeps
+
+
+def test_resume_restores_settings_and_prints_what_changed(place, capfd):
+    assert run("--out_dir=a", "--max_iters=3", "--weight_decay=0.2") == 0
+    capfd.readouterr()
+    flags = ["--out_dir=a", "--init_from=resume", "--max_iters=5", "--learning_rate=0.02", "--eval_iters=1"]
+    assert run(*flags) == 0
+    output = capfd.readouterr().out
+    assert "resuming at iteration 4, from a/ckpt.pt" in output
+    changed = re.findall(r"^    (\w+: .*)$", output, re.M)
+    assert sorted(changed) == ["eval_iters: 2 -> 1", "learning_rate: 0.01 -> 0.02", "max_iters: 3 -> 5"]
+    after = load("a")
+    assert after["iter_num"] == 5 and after["config"]["weight_decay"] == 0.2
+    config = TrainConfig(**after["config"])
+    assert [float(row[2]) for row in rows("a")[1:] if row[1]][3:] == [get_lr(config, 3), get_lr(config, 4)]
+
+
+def test_nothing_left_to_do(place, capfd):
+    assert run("--out_dir=a") == 0
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("a").iterdir()}
+    assert run("--out_dir=a", *RESUME) == 0
+    assert "a/ckpt.pt is at iteration 12, and max_iters is 12: nothing to do." in capfd.readouterr().out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("a").iterdir()}
+
+
+def test_a_second_run_keeps_the_first(place, capfd):
+    assert run("--out_dir=a", "--max_iters=2") == 0
+    first = load("a")
+    assert run("--out_dir=a", "--max_iters=1") == 0
+    assert load("a")["iter_num"] == 1
+    assert differing(torch.load("a/ckpt.previous.pt", weights_only=True), first) == []
+    assert "is kept as a/ckpt.previous.pt" in capfd.readouterr().out
+
+
+def test_weights_alone_begin_a_new_run(place):
+    assert run("--out_dir=a") == 0
+    assert run("--out_dir=b", "--init_from=a/ckpt.pt", "--max_iters=4") == 0
+    a, b = rows("a"), rows("b")
+    assert b[1][0] == "0" and b[1][4] == a[-1][4]  # it starts at the loss where the other ended
+    assert load("b")["iter_num"] == 4 and load("b")["scheduler"]["last_epoch"] == 4
+
+
+# ---- The loop against one of transformers and torch
+
+
+def test_against_a_plain_loop(place):
+    """Twelve updates of transformers' Llama by torch's own AdamW, clipping and schedule: the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+    flags = ["--warmup_iters=0", "--min_lr=0", "--lr_decay_iters=12"]
+    assert run("--out_dir=a", "--init_from=scratch", *flags, "--max_iters=12") == 0
+    ours = load("a")
+    config = TrainConfig(**ours["config"])
+    torch.manual_seed(config.seed)
+    start = train.SmolLM2(train.ModelConfig(**{f.name: getattr(config, f.name) for f in shape_fields()}))
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            **{f.name: getattr(config, f.name) for f in shape_fields() if f.name != "rope_theta"},
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=True, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    peer.load_state_dict(start.state_dict(), strict=False)
+    decayed = [p for p in peer.parameters() if p.dim() > 1]
+    others = [p for p in peer.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 0, 12)
+    data = np.fromfile("data/text/train.bin", dtype="<u2")
+    for iter_num in range(12):
+        x, y = get_blocks(data, 4 * iter_num, 4, 16, mix(config.seed, 0))
+        loss = torch.nn.functional.cross_entropy(peer(x).logits.flatten(0, 1), y.flatten())
+        assert loss.item() == pytest.approx(float(rows("a")[1:][iter_num + 1 + iter_num // 4][1]), abs=2e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    theirs = peer.state_dict()
+    for name, weight in ours["model"].items():
+        moved = (theirs[name] - start.state_dict()[name]).norm()
+        assert (weight - theirs[name]).norm() < 2e-3 * moved, name
+
+
+def shape_fields():
+    return dataclasses.fields(train.ModelConfig)
+
+
+def test_learning_rate():
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    assert [get_lr(config, i) for i in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert get_lr(config, 60) == pytest.approx(0.55)
+    assert get_lr(config, 110) == get_lr(config, 100_000) == pytest.approx(0.1)
+    longer = dataclasses.replace(config, max_iters=9_999)
+    assert all(get_lr(config, i) == get_lr(longer, i) for i in range(200))
+    wsd = dataclasses.replace(config, schedule="wsd", min_lr=0.0, wsd_decay_iters=20)
+    assert [get_lr(wsd, i) for i in (10, 50, 90, 100, 110, 200)] == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+# ---- The order of the data
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_permute_is_a_permutation(n, key):
+    assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
+
+
+def test_permute_looks_random():
+    """Over many keys each number lands everywhere equally often (chi-square), and a trillion needs no table."""
+    n, keys = 13, 2_600
+    counts = np.zeros((n, n))
+    for key in range(keys):
+        for i in range(n):
+            counts[i, permute(i, n, mix(key))] += 1
+    expected = keys / n
+    assert ((counts - expected) ** 2 / expected).sum() < 250  # 144 degrees of freedom: 5 sigma is 229
+    assert 0 <= permute(123_456_789_012, 10**12, 7) < 10**12
+
+
+def test_blocks_cover_each_epoch_once():
+    data = np.arange(1000, dtype="<u2")
+    starts = []
+    for epoch in range(3):
+        n = (1000 - 16) // 16
+        x, y = get_blocks(data, epoch * n, n, 16, seed=5)
+        assert torch.equal(y, x + 1)
+        first = sorted(x[:, 0].tolist())
+        assert [b - a for a, b in zip(first, first[1:], strict=False)] == [16] * (n - 1)
+        assert x[:, 0].tolist() != first
+        starts.append(first[0])
+    assert len(set(starts)) > 1  # the offset changes from epoch to epoch
+
+
+@pytest.mark.parametrize("length", [17, 18, 31, 32, 33, 47, 48, 49])
+def test_short_data(length):
+    data = np.arange(length, dtype="<u2")
+    x, y = get_blocks(data, 0, 200, 16, seed=3)
+    assert x.min() == 0 and y.max() == length - 1  # every token is reached
+    assert torch.equal(y, x + 1)
+
+
+def test_ranks_share_the_global_batch():
+    data = np.arange(5000, dtype="<u2")
+    x, _ = get_blocks(data, 24, 8, 16, seed=1)
+    assert torch.equal(x, torch.cat([get_blocks(data, 24 + 2 * rank, 2, 16, seed=1)[0] for rank in range(4)]))
+
+
+# ---- What bad input gets: one line, no traceback, nothing on the disk changed
+
+
+def break_file(name, change):
+    return lambda: Path(name).write_bytes(change(Path(name).read_bytes()))
+
+
+def edit_meta(**values):
+    def edit():
+        path = Path("data/text/meta.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+def foreign_checkpoint():
+    torch.save({"model": {}, "step": 3}, "a/ckpt.pt")
+
+
+def poisoned_checkpoint():
+    checkpoint = load("a")
+    checkpoint["model"]["model.norm.weight"][0] = math.inf
+    torch.save(checkpoint, "a/ckpt.pt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+ERRORS = {
+    "missing dataset": (["--dataset=nowhere"], None, r"data/nowhere/meta.json does not exist: run python prepare_data"),
+    "foreign dataset": ([], break_file("data/text/meta.json", lambda b: b"{"), r"meta.json cannot be read"),
+    "truncated bin": ([], break_file("data/text/train.bin", lambda b: b[:-1]), r"train.bin holds 5999 bytes, not 2"),
+    "changed bin": ([], break_file("data/text/val.bin", lambda b: b[:-1] + b"?"), r"val.bin does not have the sha256"),
+    "wrong dtype": ([], edit_meta(dtype="uint32"), r"dtype uint32"),
+    "large vocabulary": ([], edit_meta(vocab_size=50_257), r"vocab_size 50257, not uint16 and at most 49152"),
+    "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val.bin holds 500 tokens, fewer"),
+    "block beyond context": (["--block_size=65"], None, r"block_size 65 is longer than the context"),
+    "no log": (["--log_interval=0"], None, r"log_interval is 0: it must be at least 1"),
+    "odd heads": (["--num_attention_heads=3", "--num_key_value_heads=2"], None, r"must be a multiple"),
+    "missing checkpoint": (["--init_from=resume", "--out_dir=b"], None, r"there is no checkpoint b/ckpt.pt"),
+    "truncated checkpoint": (
+        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"not a whole checkpoint"),
+    "corrupt checkpoint": (
+        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b"PK" + b"x" * 999), r"not a whole"),
+    "foreign checkpoint": (["--init_from=resume", "--out_dir=a"], foreign_checkpoint, r"it lacks best_val_loss"),
+    "another shape": (
+        ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--hidden_size=64"], None,
+        r"hidden_size is 64, but a/ckpt.pt was trained with 32"),
+    "another text": (
+        ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--dataset=other"], None,
+        r"data/other is not what a/ckpt.pt was trained on"),
+    "poisoned checkpoint": (
+        ["--init_from=resume", "--out_dir=a", "--max_iters=5"], poisoned_checkpoint,
+        r"at iteration 4: a/ckpt.pt is untouched; lower learning_rate"),
+    "hostile checkpoint": (
+        ["--init_from=resume", "--out_dir=a"], lambda: torch.save(Bomb(), "a/ckpt.pt"), r"not a whole checkpoint"),
+    "no such device": (["--device=cuda:7"], None, r"device cuda:7 cannot be used"),
+    "no such release": (["--init_from=instuct"], None, r"did you mean instruct"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(place, case, real_ids, capfd):
+    flags, prepare, message = ERRORS[case]
+    write_data(place / "data/other", real_ids[:2000], real_ids[2000:2500])
+    assert run("--out_dir=a", "--max_iters=3") == 0
+    if prepare:
+        prepare()
+    capfd.readouterr()
+    before = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+    text = str(run(*flags))
+    assert text.startswith("error: ") and re.search(message, text) and "\n" not in text
+    after = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file() and path.name != "log.csv"}
+    assert after == {path: content for path, content in before.items() if path.name != "log.csv"}
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("flag", ["--max_itres=3", "--max_iters=many", "--dtype=float8"])
+def test_a_wrong_command(place, flag):
+    result = subprocess.run(command(flag), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and flag.strip("-").split("=")[0] in result.stderr
+    assert sorted(path.name for path in place.iterdir()) == ["data"]
+
+
+def test_a_full_disk(place, monkeypatch):
+    assert run("--out_dir=a", "--max_iters=3") == 0
+    before = Path("a/ckpt.pt").read_bytes()
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    text = run("--out_dir=a", *RESUME)
+    assert text.startswith("error: a/ckpt.pt could not be written") and "No space left" in text
+    assert Path("a/ckpt.pt").read_bytes() == before and not Path("a/ckpt.pt.tmp").exists()
+
+
+def test_out_of_memory(place, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.SmolLM2, "forward", full)
+    assert run("--out_dir=a").startswith("error: out of memory: lower batch_size (4)")
