@@ -9,7 +9,6 @@ Settings: the defaults below < checkpoint (on resume) < config file < --flags.
 """
 
 import csv
-import json
 import math
 import os
 import signal
@@ -21,17 +20,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from batches import get_blocks, mix, open_data
 from checkpoint import checkpoint_model, read_checkpoint, write_checkpoint
 from configurator import configure, differences
 from machine import autocast, pick_device, pick_dtype
 from model import ModelConfig, SmolLM2
-from official import checked, describe, find_release, load_model
+from official import describe, find_release, load_model
 from tokenizer import encode, load_tokenizer
 
 
@@ -84,84 +83,6 @@ class TrainConfig:
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay fp32; auto measures
     compile: bool = False  # torch.compile each block: slower to start, faster to run
-
-
-# ---------------------------------------------------------------------------------------------
-# The data: a batch is a pure function of (seed, split, iteration), so nothing about it is saved
-
-
-def open_data(config):
-    """(train, val) as memory-mapped arrays of uint16, and meta.json; ends the program if they disagree."""
-    folder = Path("data") / config.dataset
-    way_out = f"run python prepare_data.py --dataset={config.dataset}"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in ("train", "val")}
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} does not exist: {way_out}")
-    except (ValueError, NotADirectoryError) as error:
-        sys.exit(f"error: {folder / 'meta.json'} cannot be read ({error}): {way_out}")
-    if meta.get("dtype") != "uint16" or meta.get("vocab_size", 0) > config.vocab_size:
-        said = f"dtype {meta.get('dtype')} and vocab_size {meta.get('vocab_size')}"
-        sys.exit(f"error: {folder}/meta.json has {said}, not uint16 and at most {config.vocab_size}: {way_out}")
-    arrays = []
-    for split, size in sizes.items():
-        path = folder / f"{split}.bin"
-        if size != 2 * meta[split]["tokens"]:
-            sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {meta[split]['tokens']} tokens: {way_out}")
-        if size < 2**30 and checked(path)[0] != meta[split]["sha256"]:  # a second or so; larger files are trusted
-            sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
-        if size < 2 * (config.block_size + 1):
-            sys.exit(
-                f"error: {path} holds {size // 2} tokens, fewer than one block of {config.block_size} + 1: "
-                "lower block_size, or prepare more text"
-            )
-        arrays.append(np.memmap(path, dtype="<u2", mode="r"))
-    return *arrays, meta
-
-
-def mix(*numbers):
-    """Integers -> a well stirred 64-bit integer (splitmix64)."""
-    h, all_ones = 0, 2**64 - 1
-    for number in numbers:
-        h = h + number + 0x9E3779B97F4A7C15 & all_ones
-        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & all_ones
-        h = (h ^ h >> 27) * 0x94D049BB133111EB & all_ones
-        h ^= h >> 31
-    return h
-
-
-def permute(i, n, key):
-    """
-    The i-th of range(n) in a shuffled order, computed rather than stored: a trillion blocks cost no more
-    than ten. A Feistel network shuffles the next power of four; what lands beyond n goes in again.
-    """
-    bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    while True:
-        left, right = i >> bits, i & (1 << bits) - 1
-        for turn in range(6):
-            left, right = right, left ^ mix(key, turn, right) & (1 << bits) - 1
-        i = left << bits | right
-        if i < n:
-            return i
-
-
-def get_blocks(data, first, count, block_size, seed):
-    """
-    Blocks first .. first + count - 1 of an endless stream of blocks: (x, y), int64, (count, block_size)
-    each, y one token ahead of x. An epoch reads each block of `data` once, in an order of its own, all of
-    them shifted by an offset of its own.
-    """
-    n = max(1, (len(data) - block_size) // block_size)  # blocks in an epoch, whatever its offset
-    offsets = len(data) - n * block_size  # where the first of them may start: every token is reached
-    rows = []
-    for index in range(first, first + count):
-        epoch, i = divmod(index, n)
-        key = mix(seed, epoch)
-        start = key % offsets + permute(i, n, key) * block_size
-        rows.append(data[start : start + block_size + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (count, T + 1)
-    return rows[:, :-1], rows[:, 1:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,6 +156,44 @@ def plot_log(log_path, path):
     os.replace(unfinished, path)
 
 
+def summary(log_path, resumed_at):
+    """What log.csv tells of a run, as lines: where the loss went, and whether it jumped at the resume."""
+    with open(log_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    val = [(row["iter"], float(row["val_loss"])) for row in rows if row["val_loss"]]
+    lines = [f"val loss    {loss:.4f} at iteration {iter_num}" for iter_num, loss in (val[0], val[-1])] if val else []
+    if resumed_at is not None:
+        losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row["loss"]]
+        before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
+        after = [loss for iter_num, loss in losses if iter_num > resumed_at][:5]
+        for when, some in (("before", before), ("after", after)):
+            if some:
+                numbers = " ".join(f"{loss:.4f}" for loss in some)
+                lines.append(f"resume      train loss {when}: {numbers}, mean {sum(some) / len(some):.4f}")
+    return [*lines, f"files       {', '.join(str(log_path.with_name(n)) for n in ('ckpt.pt', 'log.csv', 'loss.png'))}"]
+
+
+def settle(config, device, world_size):
+    """`config` with what depends on the machine resolved; ends the program if a setting cannot be."""
+    for name in (
+        "batch_size",
+        "block_size",
+        "gradient_accumulation_steps",
+        "log_interval",
+        "eval_interval",
+        "eval_iters",
+    ):
+        if getattr(config, name) < 1:
+            sys.exit(f"error: {name} is {getattr(config, name)}: it must be at least 1")
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    if sequences % world_size:
+        sys.exit(f"error: batch_size x gradient_accumulation_steps is {sequences}, not to be shared by {world_size}")
+    dtype = [pick_dtype(config.dtype, device)]
+    if world_size > 1:
+        dist.broadcast_object_list(dtype)  # two processes may measure two things
+    return replace(config, device=device.split(":")[0] if config.device == "auto" else config.device, dtype=dtype[0])
+
+
 def load_weights(init_from, say):
     """SmolLM2 from a ckpt.pt or from any --official= source: its weights alone, for a new run."""
     if init_from.endswith(".pt"):
@@ -295,25 +254,10 @@ def train(config):
             say(f"For more: --init_from=resume --max_iters={resume['iter_num'] + 50}")
             return 0
         config = replace(config, init_from=resume["config"]["init_from"])  # how the run began stays on record
-    dtype = [pick_dtype(config.dtype, device)]
-    if world_size > 1:
-        dist.broadcast_object_list(dtype)
-    config = replace(config, device=device.split(":")[0] if config.device == "auto" else config.device, dtype=dtype[0])
-    for name in ("batch_size", "block_size", "gradient_accumulation_steps", "log_interval", "eval_interval"):
-        if getattr(config, name) < 1:
-            sys.exit(f"error: {name} is {getattr(config, name)}: it must be at least 1")
-    if config.block_size > config.max_position_embeddings:
-        sys.exit(
-            f"error: block_size {config.block_size} is longer than the context: "
-            f"raise max_position_embeddings ({config.max_position_embeddings}), or lower block_size"
-        )
+    config = settle(config, device, world_size)
     sequences = config.batch_size * config.gradient_accumulation_steps  # an iteration, in all processes together
-    if sequences % world_size:
-        sys.exit(
-            f"error: batch_size * gradient_accumulation_steps is {sequences}, which {world_size} processes cannot share"
-        )
     tokens = sequences * config.block_size
-    train_data, val_data, meta = open_data(config)
+    train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size)
     data_sha256 = {split: meta[split]["sha256"] for split in ("train", "val")}
 
     # ---- The state: model, optimizer, scheduler, iter_num, best_val_loss. All that a run is, is in here.
@@ -327,6 +271,11 @@ def train(config):
     else:
         model = load_weights(config.init_from, say)
         config = replace(config, **asdict(model.config))
+    if config.block_size > config.max_position_embeddings:
+        sys.exit(
+            f"error: block_size {config.block_size} is longer than the context: "
+            f"raise max_position_embeddings ({config.max_position_embeddings}), or lower block_size"
+        )
     model.to(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
@@ -334,7 +283,7 @@ def train(config):
     # The rate itself comes from the scheduler: its factor of 1.0 is the learning rate.
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iter_num: get_lr(config, iter_num))
-    iter_num, best_val_loss = 0, math.inf
+    iter_num, best_val_loss, resumed_at = 0, math.inf, None
 
     if resume:
         for name in shape:
@@ -349,6 +298,7 @@ def train(config):
         optimizer.load_state_dict(resume["optimizer"])
         scheduler.load_state_dict(resume["scheduler"])
         iter_num, best_val_loss = resume["iter_num"], resume["best_val_loss"]
+        resumed_at = iter_num
         # A setting changed by flag or file holds from here on, rather than the one that was saved.
         for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
             group.update(weight_decay=decay, betas=(config.beta1, config.beta2), lr=get_lr(config, iter_num))
@@ -361,7 +311,7 @@ def train(config):
         config = replace(config, compile=compile_blocks(model, config, device, say))
     network = model
     if world_size > 1:
-        network = DistributedDataParallel(model, broadcast_buffers=False)
+        network = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def get_batch(data, split_number, first, count):
         x, y = get_blocks(data, first, count, config.block_size, mix(config.seed, split_number))
@@ -503,7 +453,10 @@ def train(config):
         if stopping:
             break
     bar.close()
+    if rank == 0:
+        say(*summary(log_path, resumed_at))
     if world_size > 1:
+        dist.barrier()  # none leaves while another still writes
         dist.destroy_process_group()
     if done:
         return 0

@@ -22,3 +22,4 @@ lr_decay_iters = 2000
 eval_interval = 250
 eval_iters = 40
 log_interval = 50
+sample_interval = 500

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import train
+from batches import get_blocks, mix
 from configurator import configure
-from train import TrainConfig, get_blocks, get_lr, mix, permute, saved_settings
+from train import TrainConfig, get_lr, saved_settings
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -35,8 +34,9 @@ RESUME = ["--init_from=resume", "--max_iters=12"]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, real_ids):
-    """A folder to run in, with real text in data/text: 3,000 tokens to train on, 500 to evaluate on."""
+    """A folder to run in, with real text in data/text: 3,000 tokens to train on, 500 to evaluate on (data/short: 210)."""
     write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
+    write_data(tmp_path / "data/short", real_ids[:210], real_ids[3000:3500])
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
@@ -120,7 +120,7 @@ def assert_same(a, b, **how):
         [],
         ["--gradient_accumulation_steps=2"],
         ["--dtype=bfloat16"],
-        ["--batch_size=32"],  # 187 blocks of text: the sixth iteration crosses from one epoch into the next
+        ["--dataset=short"],  # three iterations an epoch
         ["--schedule=wsd", "--wsd_decay_iters=5", "--log_interval=5", "--sample_interval=3", "--sample_tokens=4"],
     ],
     ids=["plain", "accumulation", "bfloat16", "epoch", "wsd"],
@@ -340,55 +340,6 @@ def test_learning_rate():
     assert all(get_lr(config, i) == get_lr(longer, i) for i in range(200))
     wsd = dataclasses.replace(config, schedule="wsd", min_lr=0.0, wsd_decay_iters=20)
     assert [get_lr(wsd, i) for i in (10, 50, 90, 100, 110, 200)] == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
-
-
-# ---- The order of the data
-
-
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-@settings(max_examples=40, deadline=None)
-def test_permute_is_a_permutation(n, key):
-    assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
-
-
-def test_permute_looks_random():
-    """Over many keys each number lands everywhere equally often (chi-square), and a trillion needs no table."""
-    n, keys = 13, 2_600
-    counts = np.zeros((n, n))
-    for key in range(keys):
-        for i in range(n):
-            counts[i, permute(i, n, mix(key))] += 1
-    expected = keys / n
-    assert ((counts - expected) ** 2 / expected).sum() < 250  # 144 degrees of freedom: 5 sigma is 229
-    assert 0 <= permute(123_456_789_012, 10**12, 7) < 10**12
-
-
-def test_blocks_cover_each_epoch_once():
-    data = np.arange(1000, dtype="<u2")
-    starts = []
-    for epoch in range(3):
-        n = (1000 - 16) // 16
-        x, y = get_blocks(data, epoch * n, n, 16, seed=5)
-        assert torch.equal(y, x + 1)
-        first = sorted(x[:, 0].tolist())
-        assert [b - a for a, b in zip(first, first[1:], strict=False)] == [16] * (n - 1)
-        assert x[:, 0].tolist() != first
-        starts.append(first[0])
-    assert len(set(starts)) > 1  # the offset changes from epoch to epoch
-
-
-@pytest.mark.parametrize("length", [17, 18, 31, 32, 33, 47, 48, 49])
-def test_short_data(length):
-    data = np.arange(length, dtype="<u2")
-    x, y = get_blocks(data, 0, 200, 16, seed=3)
-    assert x.min() == 0 and y.max() == length - 1  # every token is reached
-    assert torch.equal(y, x + 1)
-
-
-def test_ranks_share_the_global_batch():
-    data = np.arange(5000, dtype="<u2")
-    x, _ = get_blocks(data, 24, 8, 16, seed=1)
-    assert torch.equal(x, torch.cat([get_blocks(data, 24 + 2 * rank, 2, 16, seed=1)[0] for rank in range(4)]))
 
 
 # ---- What bad input gets: one line, no traceback, nothing on the disk changed

