@@ -92,7 +92,7 @@ def write_gguf(path, config, tensors, kind):
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     }  # fmt: skip
     for name, tensor in tensors.items():
-        if "q_proj" in name or "k_proj" in name:
+        if tensor.dim() == 2 and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = interleave(tensor, heads)
         for ours, other in theirs.items():
@@ -348,7 +348,7 @@ def test_sound_copies_pass(run, standin, tmp_path):
     for path, kind in sound_copies(config, tensors, tmp_path):
         code, out, rows = run(official=reference, weights=path)
         assert code == 0 and not skipped(rows), out
-        precision = verify.PRECISION[kind]
+        precision = verify.PRECISION["F32" if kind == "BF16" else kind]  # the reference is bf16 as well
         assert float(rows["hidden states, 4 layers (relative)"]["bound"].split()[1]) == precision.hidden
         (values,) = (row for name, row in rows.items() if name.startswith("every value"))
         worst = float(values["measured"].split()[1])
@@ -420,6 +420,12 @@ def test_faults_in_other_kinds_of_file(run, standin, tmp_path):
     path = q4_1_copy_with_a_fault(config, tensors, tmp_path / "copy.gguf")
     code, out, _ = run(official=reference, weights=path)
     assert code == 1 and "model.layers.3.mlp.up_proj.weight: " in out
+
+    path = write_gguf(tmp_path / "bias.gguf", config, tensors | {BIAS: torch.zeros(576)}, gguf.GGMLQuantizationType.F32)
+    code, out, _ = run(official=reference, weights=path)
+    assert code == 1 and "not part of the network: blk.2.attn_q.bias" in out
+    code, out, _ = run(official=path)
+    assert code == 1 and "contradict its config" in out and "blk.2.attn_q.bias" in out
 
     fp32 = {name: tensor.float() for name, tensor in tensors.items()}
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(config, fp32 | {Q: one_value(fp32[Q], 1e-6)}))
