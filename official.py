@@ -370,13 +370,15 @@ def gguf_state_dict(path):
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in read_gguf(path).tensors:
-        block, part = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+        block, part = match.groups() if match else (None, None)
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         if part in heads:  # (K * D, C) seen as (K, D/2, 2, C) -> (K, 2, D/2, C)
             rows, columns = values.shape
             values = values.view(heads[part], -1, 2, columns).transpose(1, 2).reshape(rows, columns)
         prefix = f"model.layers.{block}." if block else ""
-        tensors[f"{prefix}{GGUF_NAMES[part]}.weight"] = values
+        known = part in GGUF_NAMES  # another name (a bias, say) stays as it is, for load_model to refuse
+        tensors[f"{prefix}{GGUF_NAMES[part]}.weight" if known else tensor.name] = values
     return tensors
 
 
