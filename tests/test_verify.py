@@ -6,8 +6,10 @@ layers, so that a run takes a second or two; the whole network is verified in tw
 import json
 import os
 import pickle
+import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -598,3 +600,20 @@ def test_the_values_of_a_safetensors_file_are_read_without_its_library(standin):
     theirs, mine = load_file(path), dict(verify.raw_tensors(path))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name].float()) for name in theirs)
+
+
+def test_the_command_line(trained, tmp_path):
+    path, contents = trained
+    write_checkpoint(path, contents | dict(iter_num=7))
+    command = [sys.executable, "verify.py", f"--ckpt={path}", f"--json={tmp_path / 'rows.json'}"]
+    done = subprocess.run(command, cwd=Path(verify.__file__).parent, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1 and not done.stderr
+    assert "17 ✓, 1 ✗, 0 skipped" in done.stdout
+    assert len(json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))) == 18
+
+
+def test_quiet_weights_do_not_pass_for_proof(run, tmp_path):
+    """Of std 0.02, as they are before training, they would let a wrong theta through."""
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "quiet")
+    code, _, rows = run(official=tmp_path / "quiet")
+    assert code == 1 and "too quiet to tell" in rows["rope_theta 1,000"]["measured"]
