@@ -283,30 +283,30 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, x, head, targets, with_grad):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        N, w = len(x), head.to(dtype)
+        w = head.to(dtype)
         loss = torch.zeros((), device=x.device)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(head)) if with_grad else (None, None)
-        for i in range(0, N, CrossEntropy.CHUNK):
+        dx, dw = torch.empty_like(x), None
+        for i in range(0, len(x), CrossEntropy.CHUNK):
             h = x[i : i + CrossEntropy.CHUNK].to(dtype)  # (n, C)
             t = targets[i : i + CrossEntropy.CHUNK, None]  # (n, 1)
             log_probs = F.linear(h, w).float().log_softmax(-1)  # (n, V)
             at_target = log_probs.gather(1, t)  # (n, 1)
             loss -= at_target.sum()
             if with_grad:
-                # d loss / d logits = softmax - one-hot of the target, over N
-                dlogits = log_probs.exp_().scatter_(1, t, at_target.exp() - 1).div_(N).to(dtype)
+                # d loss / d logits = softmax - one-hot of the target, made in place; its 1/N waits for backward
+                dlogits = log_probs.exp_().scatter_(1, t, at_target.exp() - 1).to(dtype)  # (n, V)
                 dx[i : i + CrossEntropy.CHUNK] = dlogits @ w
-                if dtype == dw.dtype:
-                    dw.addmm_(dlogits.T, h)
-                else:
-                    dw += dlogits.T @ h
-        ctx.save_for_backward(dx, dw)
-        return loss / N
+                dw_chunk = (dlogits.T @ h).to(head.dtype)  # (V, C)
+                dw = dw_chunk if dw is None else dw.add_(dw_chunk)
+        if with_grad:
+            ctx.save_for_backward(dx, dw)
+        return loss / len(x)
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
+        scale = grad / len(dx)
+        return dx.mul_(scale), dw.mul_(scale), None, None  # in place: a second backward raises, as it should
 
 
 def cross_entropy(x, head, targets):

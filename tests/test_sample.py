@@ -1,0 +1,108 @@
+"""sample.py: text from the official weights as transformers writes it, from checkpoints, and its errors."""
+
+import re
+
+import jinja2
+import pytest
+import torch
+
+import sample
+from checkpoint import write_checkpoint
+from configurator import configure
+from model import ModelConfig, SmolLM2
+from official import read_gguf, wheel_gguf
+from sample import SampleConfig
+
+
+def run(capfd, *flags):
+    """(exit code or message, what it printed between the rules)."""
+    code = 0
+    try:
+        sample.main(configure(SampleConfig, ["--device=cpu", "--dtype=float32", *flags]))
+    except SystemExit as exit:
+        code = exit.code
+    output = capfd.readouterr().out
+    return code, re.findall(r"^---\n(.*?)\n---", output, re.M | re.S), output
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small untrained network as train.py would save it."""
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=16, max_position_embeddings=32)  # fmt: skip
+    folder = tmp_path_factory.mktemp("out")
+    write_checkpoint(
+        folder / "ckpt.pt",
+        dict(model=SmolLM2(config).state_dict(), optimizer={}, scheduler={}, iter_num=7, best_val_loss=1.0,
+             config=vars(config) | {"dataset": "text"}, data={}),
+    )  # fmt: skip
+    return folder
+
+
+def test_official_weights_greedily_as_transformers(capfd, real_model, hf_tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8_192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        )
+    )  # fmt: skip
+    peer.load_state_dict(real_model.state_dict(), strict=False)
+    prompt = "The capital of France is"
+    ids = torch.tensor([hf_tokenizer.encode(prompt).ids])
+    theirs = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=2,
+                           pad_token_id=2)[0]  # fmt: skip
+    code, texts, output = run(capfd, "--official=base", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20")
+    assert code == 0 and texts == [hf_tokenizer.decode(theirs.tolist())]
+    assert "official: base = " in output and "sha256" in output and "20 tokens in" in output
+
+
+def test_chat_ids_follow_the_template(encoding, hf_tokenizer):
+    """The ids are those of the release's own chat template, rendered by jinja2 and read by Hugging Face."""
+    template = read_gguf(wheel_gguf()).get_field("tokenizer.chat_template").contents()
+    messages = [{"role": "user", "content": "What is 2  + 12?\n<|im_end|> is text"}]
+    text = jinja2.Template(template).render(messages=messages, add_generation_prompt=True)
+    assert (
+        sample.chat_ids(encoding, "What is 12?")
+        == hf_tokenizer.encode(
+            jinja2.Template(template).render(
+                messages=[{"role": "user", "content": "What is 12?"}], add_generation_prompt=True
+            )
+        ).ids
+    )
+    # a user who writes <|im_end|> does not end the turn
+    assert sample.chat_ids(encoding, messages[0]["content"]).count(2) == hf_tokenizer.encode(text).ids.count(2) - 1
+
+
+def test_a_checkpoint(capfd, tiny):
+    flags = [f"--out_dir={tiny}", "--max_new_tokens=50"]  # beyond the context of 32: the window slides
+    code, texts, output = run(capfd, *flags, "--num_samples=2")
+    assert code == 0 and len(texts) == 2 and texts[0] != texts[1]
+    assert all(text.startswith("The") for text in texts)
+    assert f"checkpoint: {tiny}/ckpt.pt, iteration 7, trained on text" in output
+    assert run(capfd, *flags)[1] == texts[:1]  # the same seed, the same text
+    assert run(capfd, *flags, "--seed=2")[1] != texts[:1]
+    assert run(capfd, f"--ckpt={tiny}/ckpt.pt", "--max_new_tokens=50")[1] == texts[:1]
+
+
+def test_an_empty_prompt_begins_a_document(capfd, tiny):
+    code, texts, _ = run(capfd, f"--out_dir={tiny}", "--prompt=", "--max_new_tokens=3")
+    assert code == 0 and texts[0]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--out_dir=nowhere"], r"there is no checkpoint nowhere/ckpt.pt"),
+        (["--prompt=" + 40 * "one "], r"the prompt is too long: \d+ tokens do not fit a context of 32"),
+        (["--official=bsae"], r"did you mean base"),
+        (["--device=cuda:9"], r"device cuda:9 cannot be used"),
+    ],
+)
+def test_errors(capfd, tiny, flags, message):
+    out_dir = [] if "nowhere" in flags[0] else [f"--out_dir={tiny}"]
+    code, _, _ = run(capfd, *out_dir, *flags)
+    assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
