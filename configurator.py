@@ -54,7 +54,7 @@ def configure(cls, argv=None, saved=None):
 
 
 def read_config_file(path):
-    """The public names of a Python file, as a list of (path, "--name=value"). The file is run."""
+    """The public values of a Python file, as a list of (path, "--name=value"). The file is run."""
     try:
         names = runpy.run_path(path)
     except OSError as error:
@@ -64,7 +64,7 @@ def read_config_file(path):
     return [
         (path, f"--{name}={value}")
         for name, value in names.items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)  # its tools
     ]
 
 
@@ -82,7 +82,8 @@ def apply(config, said):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 config = tyro.cli(type(config), args=[f"--{name}={value}"], default=config, **TYRO)
         except SystemExit:
-            kind = getattr(fields[name].type, "__name__", str(fields[name].type))
+            kind = fields[name].type.__name__ if isinstance(fields[name].type, type) else str(fields[name].type)
+            kind = kind.removeprefix("typing.")
             reject(f"{where}: {name}={value} does not fit: {name} is {kind}, for example {fields[name].default!r}")
     return config
 
@@ -94,7 +95,7 @@ def differences(old, new):
 
 def reject(message):
     """Print one line and exit with code 2: the command was wrong, nothing was done."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.splitlines(), file=sys.stderr)
     sys.exit(2)
 
 

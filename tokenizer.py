@@ -55,9 +55,13 @@ def load_tokenizer(official="base"):
     Any tokenizer but the family's ends the program with one line: PATTERN would be wrong for it.
     """
     content, place = tokenizer_json(official)
-    content = json.loads(content)
-    vocab = content["model"]["vocab"]
-    if len(vocab) != VOCAB_SIZE or content["pre_tokenizer"] != PRE_TOKENIZER:
+    try:
+        content = json.loads(content)
+        vocab = content["model"]["vocab"]
+        known = len(vocab) == VOCAB_SIZE and content["pre_tokenizer"] == PRE_TOKENIZER and not content["normalizer"]
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
         sys.exit(f"error: the tokenizer of {official} ({place}) is not SmolLM2's, and only that one is known here")
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     byte_of = byte_alphabet()

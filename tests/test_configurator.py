@@ -1,0 +1,196 @@
+"""configurator.py: which setting wins, and what a wrong one gets."""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import train
+from configurator import configure, differences
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the script is for."""
+
+    out_dir: str = "out"  # where everything goes
+    max_iters: int = 5_000  # number of updates
+    learning_rate: float = 3e-4  # at the peak
+    compile: bool = False  # compile each block
+    top_k: int | None = None  # keep the k likeliest
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text, name="run.py"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def changed(*argv, saved=None):
+    """The settings that differ from their defaults."""
+    return {
+        name: value
+        for name, value in asdict(configure(Config, list(argv), saved)).items()
+        if value != getattr(Config(), name)
+    }
+
+
+def test_the_weakest_to_the_strongest(config_file):
+    """defaults < checkpoint < config file < flags, wherever on the command line the file stands"""
+    path = config_file("max_iters = 20\nlearning_rate = 0.2\n")
+    seen = []
+
+    def saved(config):
+        seen.append(config)
+        return {"max_iters": 10, "learning_rate": 0.1, "top_k": 10}
+
+    assert configure(Config, []) == Config()
+    assert changed(saved=saved) == {"max_iters": 10, "learning_rate": 0.1, "top_k": 10}
+    assert changed(path) == {"max_iters": 20, "learning_rate": 0.2}
+    assert changed(path, saved=saved) == {"max_iters": 20, "learning_rate": 0.2, "top_k": 10}
+    expected = {"max_iters": 20, "learning_rate": 0.3, "top_k": 10}
+    assert changed(path, "--learning_rate=0.3", saved=saved) == expected
+    assert changed("--learning_rate=0.3", path, saved=saved) == expected
+    assert seen[-1] == Config(max_iters=20, learning_rate=0.3)  # the checkpoint's reader sees file and flags
+    assert changed("--top_k=None", saved=saved)["max_iters"] == 10 and "top_k" not in changed(
+        "--top_k=None", saved=saved
+    )
+    assert changed(saved=lambda config: {}) == {}
+    assert changed("--max_iters=1", "--max_iters=2") == {"max_iters": 2}
+    assert changed(path, config_file("max_iters = 21\n", "later.py")) == {"max_iters": 21, "learning_rate": 0.2}
+
+
+@pytest.mark.parametrize("flag, setting", [
+    ("--max_iters=5_050", {"max_iters": 5_050}),
+    ("--max-iters=7", {"max_iters": 7}),
+    ("--max_iters=-3", {"max_iters": -3}),
+    ("--learning_rate=-6e-4", {"learning_rate": -6e-4}),
+    ("--learning_rate=1E-5", {"learning_rate": 1e-5}),
+    ("--learning_rate=1", {"learning_rate": 1.0}),
+    ("--compile=True", {"compile": True}),
+    ("--compile=False", {}),
+    ("--top_k=5", {"top_k": 5}),
+    ("--top_k=None", {}),
+    ("--dtype=bfloat16", {"dtype": "bfloat16"}),
+    ("--out_dir=", {"out_dir": ""}),
+    ("--out_dir=a b=--c", {"out_dir": "a b=--c"}),
+    ("--out_dir=--help me", {"out_dir": "--help me"}),
+    ("--out_dir=None", {"out_dir": "None"}),
+])  # fmt: skip
+def test_a_flag_is_read_as_its_type(flag, setting):
+    assert changed(flag) == setting
+    name, value = flag.split("=", 1)
+    if value and not value.startswith("--"):
+        assert changed(name, value) == setting  # `--name value` is the same
+    for key in setting:
+        assert type(getattr(configure(Config, [flag]), key)) is type(setting[key])
+
+
+def test_a_config_file_is_python(config_file):
+    text = """
+import math                       # a module, a function, a class and private names are no settings
+from math import sqrt
+from pathlib import Path
+_steps = 100
+def half(n): return n // 2
+max_iters = half(_steps) * 4      # arithmetic is welcome
+learning_rate = 1e-3 / sqrt(4)
+compile = True
+top_k = None
+out_dir = "out/a b"
+dtype = 'float32'
+"""
+    assert changed(config_file(text)) == {
+        "max_iters": 200, "learning_rate": 5e-4, "compile": True, "out_dir": "out/a b", "dtype": "float32",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--maxiters=3"], ["command line", "maxiters", "did you mean max_iters?"]),
+    (["--learning_rat", "3"], ["did you mean learning_rate?"]),
+    (["--zzz=3"], ["zzz", "--help"]),
+    (["--max_iters=many"], ["command line", "max_iters=many", "int", "5000"]),
+    (["--max_iters=1.5"], ["max_iters=1.5", "int"]),
+    (["--max_iters=1\n2"], ["max_iters", "int"]),
+    (["--learning_rate=fast"], ["learning_rate=fast", "float", "0.0003"]),
+    (["--compile=maybe"], ["compile=maybe", "bool", "False"]),
+    (["--top_k=few"], ["top_k=few", "int | None"]),
+    (["--dtype=float64"], ["dtype=float64", "'auto', 'float32', 'bfloat16'"]),
+    (["--max_iters"], ["--max_iters has no value", "--max_iters=VALUE"]),
+    (["--max_iters", "--compile=True"], ["--max_iters has no value"]),
+    (["no/such.py"], ["config file no/such.py", "No such file"]),
+    (["max_iters=3"], ["config file max_iters=3", "No such file"]),
+])  # fmt: skip
+def test_a_wrong_command_gets_one_line_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(Config, argv, saved=lambda config: pytest.fail("nothing may be touched"))
+    assert stop.value.code == 2
+    one_line(capsys.readouterr(), words)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("maxiters = 3\n", ["run.py", "maxiters", "did you mean max_iters?"]),
+    ("max_iters = 'many'\n", ["run.py", "max_iters=many", "int"]),
+    ("max_iters = 1e3\n", ["run.py", "max_iters=1000.0", "int"]),
+    ("max_iters = [1, 2]\n", ["run.py", "max_iters=[1, 2]", "int"]),
+    ("max_iters = \n", ["run.py", "SyntaxError"]),
+    ("max_iters = 1 / 0\n", ["run.py", "ZeroDivisionError"]),
+    ("import no_such_module\n", ["run.py", "no_such_module"]),
+    ("raise ValueError('two\\nlines')\n", ["run.py", "ValueError"]),
+])  # fmt: skip
+def test_a_wrong_config_file_gets_one_line_and_exit_code_2(text, words, config_file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(Config, [config_file(text)])
+    assert stop.value.code == 2
+    one_line(capsys.readouterr(), words)
+
+
+def one_line(printed, words):
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed
+    for word in words:
+        assert word in printed.err, (word, printed.err)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--max_iters=many", "--help"]])
+def test_help_lists_every_setting(argv, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stop:
+        configure(Config, argv)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for line in (
+        "What the script is for.",
+        "--out_dir STR where everything goes (default: out)",
+        "--max_iters INT number of updates (default: 5000)",
+        "--learning_rate FLOAT at the peak (default: 0.0003)",
+        "--compile {True,False} compile each block (default: False)",
+        "--top_k {None}|INT keep the k likeliest (default: None)",
+        "--dtype {auto,float32,bfloat16} arithmetic (default: auto)",
+    ):
+        assert line in text
+
+
+def test_argv_is_the_command_line_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--max_iters=8"])
+    assert configure(Config).max_iters == 8
+
+
+def test_differences():
+    old = asdict(Config())
+    assert differences(old, old) == []
+    assert differences(old, old | {"max_iters": 5_050, "top_k": 3, "new": 1}) == [
+        "max_iters: 5000 -> 5050", "top_k: None -> 3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted(map(str, Path(train.__file__).parent.glob("config/*.py"))), ids=lambda path: Path(path).name
+)
+def test_every_config_of_the_project_is_read(path):
+    assert configure(train.TrainConfig, [path]) != train.TrainConfig()
