@@ -210,9 +210,7 @@ def jsonl_rows(path, column):
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    sys.exit(
-                        f"error: {path}, line {number} is not JSON ({first_line(error)}): put one object on a line"
-                    )
+                    sys.exit(f"error: {path}, line {number} is not JSON ({first_line(error)}): put one object on it")
                 yield f"{path}, line {number}", row
 
 
@@ -230,7 +228,7 @@ def parquet_rows(path, column):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         sys.exit(f"error: {path} is not a whole parquet file: {first_line(error)}")
 
 
@@ -408,7 +406,7 @@ def main(config):
         reject(f"name={name!r} cannot be a folder in {config.data_dir}: give a plain one, for example --name=notes")
     if files is None and (problem := hub_problem()):
         sys.exit(f"error: there is no path {config.dataset} here, and the Hub is out of reach ({problem}): connect")
-    print(f"text: {what}" + (f", {len(files):,} files" if files else ""))
+    print(f"text: {what}" + (f", {len(files):,} files" if files and len(files) > 1 else ""))
 
     content, place = tokenizer_json(config.official)
     tokenizer_sha256 = hashlib.sha256(content).hexdigest()
