@@ -41,7 +41,7 @@ from tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, load_tokenizer
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn text into token ids. Without flags: the standard library of this Python, 11 MB, no network."""
+    """Turn text into token ids. Without flags: the standard library of this Python, about 12 MB, no network."""
 
     dataset: str = "python"  # python, shakespeare, a .txt .md .py .jsonl .parquet file, folder, glob, or Hub org/name
     name: str = ""  # the folder under data_dir; by default the dataset's own name, or the path's stem
