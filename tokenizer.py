@@ -13,6 +13,7 @@ import json
 import re
 import sys
 
+import regex
 import tiktoken
 
 from official import tokenizer_json
@@ -33,6 +34,12 @@ PRE_TOKENIZER = {  # as tokenizer.json has it
 # ordinary documents wrong.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
 
+# Twenty-one bytes have no token. Hugging Face drops them from a piece of text before it merges the piece's
+# bytes, so the neighbours on either side may merge. The characters that hold one: six controls, which hardly
+# any text contains, and those of Unicode's planes 4 to 11, which are still empty.
+NO_TOKEN = bytes.fromhex("04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff")
+HOLDS_NO_TOKEN = re.compile("[\x04\x06\x13\x14\x16\x1d\U00040000-\U000bffff]")
+
 # tiktoken's regex engine gives up (and panics) on a million white-space characters in a row. A power of
 # two, so that runs of one character, whose tokens are powers of two long, keep their ids.
 SPACE_RUN = re.compile(r"\s{524288}")
@@ -49,9 +56,8 @@ def load_tokenizer(official="base"):
     """
     tiktoken.Encoding of the release. Encode with `encode` below; decode with encoding.decode.
 
-    Twenty-one bytes that hardly any text contains have no token. Hugging Face drops them in silence;
-    tiktoken panics. They are padded here as ids from 49,152 on, and `encode` drops those: so take the
-    vocabulary's size from VOCAB_SIZE or the config, not from encoding.n_vocab.
+    tiktoken panics at a byte without a token, so NO_TOKEN is padded here as ids from 49,152 on, which `encode`
+    never gives: take the vocabulary's size from VOCAB_SIZE or the config, not from encoding.n_vocab.
     Any tokenizer but the family's ends the program with one line: PATTERN would be wrong for it.
     """
     content, place = tokenizer_json(official)
@@ -66,8 +72,7 @@ def load_tokenizer(official="base"):
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     byte_of = byte_alphabet()
     ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items() if token not in special}
-    missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
-    ranks |= {byte: VOCAB_SIZE + i for i, byte in enumerate(missing)}
+    ranks |= {bytes([byte]): VOCAB_SIZE + i for i, byte in enumerate(NO_TOKEN)}
     return tiktoken.Encoding("SmolLM2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -81,4 +86,13 @@ def encode(encoding, text):
         parts.append(text[start : run.end()])
         start = run.end()
     parts.append(text[start:])
-    return [id for part in parts for id in encoding.encode_ordinary(part) if id < VOCAB_SIZE]
+    ids = []
+    for part in parts:
+        if HOLDS_NO_TOKEN.search(part):
+            pieces = (
+                piece.encode(errors="replace").translate(None, NO_TOKEN) for piece in regex.findall(PATTERN, part)
+            )
+            ids += [id for piece in pieces if piece for id in encoding._encode_single_piece(piece)]
+        else:
+            ids += encoding.encode_ordinary(part)
+    return ids

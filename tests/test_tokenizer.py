@@ -1,0 +1,173 @@
+"""tokenizer.py against `tokenizers`, the library that made the release's tokenizer: no difference, on any text."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from tokenizer import END_OF_TEXT, HOLDS_NO_TOKEN, NO_TOKEN, PRE_TOKENIZER, VOCAB_SIZE, encode, load_tokenizer
+
+# Pieces that meet in the pattern's corners; drawn in any order, with any other characters between them.
+PIECES = [
+    *"019", "2024", "٣", "५", "১", "〇", "Ⅷ", "½", "²", "௰", "𝟘", "𐄇",  # digits: Nd, Nl, No
+    *" \t\n\r\v\f\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\ufeff\u180e", "  ", "\r\n", " \n ",
+    "'s", "'t", "'re", "'ve", "'ll", "'d", "'m", "'S", "'RE", "''s", "’s", "'", "don't", "I'm", "'1", "'é",
+    "the", " The", "a", "é", "e\u0301", "ß", "Ж", "漢字", "한", "ا", "ש", "ไทย", "ǅ", "ʰ", "ª", "ſ", "K",
+    "😀", "👩‍👩‍👧", "🇫🇷", "👍🏽", "☺️", "\ufe0f", "\u200d", "\U000e0067", "\u0489",
+    *"\x00\x01\x04\x06\x07\x08\x0e\x13\x14\x16\x1b\x1d\x7f\x80\x9f\xad", "\ufffd", "\uffff", "\U0010ffff", "\ue000",
+    *"!#$%_-=+.,;:/\\()[]{}<>|~`\"", "...", "->", "§", "€", "—", "«", "\u0300",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<filename>", "<|endoftext", "def f(x):\n    return",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def hf_ids(hf_tokenizer):
+    """What `tokenizers` makes of texts when the names of special tokens are text like any other."""
+    hf_tokenizer.encode_special_tokens = True
+    return lambda texts: [e.ids for e in hf_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@pytest.fixture(scope="session")
+def hf_default_ids(hf_tokenizer):
+    other = type(hf_tokenizer).from_str(hf_tokenizer.to_str())
+    return lambda texts: [e.ids for e in other.encode_batch_fast(texts)]
+
+
+def without_lone_surrogates(**kwargs):
+    return st.characters(exclude_categories=["Cs"], **kwargs)
+
+
+documents = st.lists(st.sampled_from(PIECES) | st.text(without_lone_surrogates(), max_size=4), max_size=30).map("".join)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(texts=st.lists(documents | st.text(without_lone_surrogates()), min_size=30, max_size=60))
+def test_any_text(texts, encoding, hf_ids, hf_default_ids):
+    for text, ids, default in zip(texts, hf_ids(texts), hf_default_ids(texts), strict=True):
+        assert encode(encoding, text) == ids
+        if not HOLDS_NO_TOKEN.search(text):
+            assert encoding.encode(text, allowed_special="all") == default
+
+
+@pytest.mark.parametrize("left", ["", "a", "1", " ", "\n"])
+def test_every_two_pieces(left, encoding, hf_ids):
+    texts = [f"{left}{a}{b}{right}" for a in PIECES for b in PIECES for right in ("", "x")]
+    for text, ids in zip(texts, hf_ids(texts), strict=True):
+        assert encode(encoding, text) == ids, text
+
+
+def test_every_character(encoding, hf_ids):
+    """All of Unicode: each after a space and before a letter, so that its class shows in the ids."""
+    for start in range(0, 0x110000, 0x4000):
+        characters = [chr(c) for c in range(start, start + 0x4000) if not 0xD800 <= c < 0xE000]
+        texts = ["".join(f" {c}a\n{c}1" for c in characters[i : i + 64]) for i in range(0, len(characters), 64)]
+        texts += [text + "\x04" for text in texts[:16]]  # cut up another way, see encode
+        for text, ids in zip(texts, hf_ids(texts), strict=True):
+            assert encode(encoding, text) == ids, f"from U+{ord(text[1]):04X}"
+
+
+def test_the_whole_standard_library(encoding, hf_ids):
+    paths = [path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in path.parts]
+    assert len(paths) > 500
+    for i in range(0, len(paths), 50):  # some at a time: tokenizers' answers are large
+        batch = paths[i : i + 50]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in batch]
+        for path, text, ids in zip(batch, texts, hf_ids(texts), strict=True):
+            assert encode(encoding, text) == ids, path
+
+
+def test_decoding_gives_the_text_back(encoding, hf_tokenizer, real_ids):
+    text = "The capital of France is Paris.\n\tdef f(x):  # 1,024 ½ naïve 漢字 😀\r\n\u3000'll"
+    assert encoding.decode(encode(encoding, text)) == text
+    ids = real_ids.tolist()
+    assert encoding.decode(ids) == hf_tokenizer.decode(ids) and encode(encoding, encoding.decode(ids)) == ids
+    assert encode(encoding, "The capital of France") == [504, 3575, 282, 4649]
+    assert encode(encoding, "a  1") == [81, 256, 33]
+
+
+def test_every_id_decodes_to_its_own_bytes(encoding, hf_tokenizer):
+    vocab, byte_of = hf_tokenizer.get_vocab(), tokenizer.byte_alphabet()
+    special = {token.content for token in hf_tokenizer.get_added_tokens_decoder().values()}
+    assert sorted(vocab.values()) == list(range(VOCAB_SIZE)) and len(special) == 17
+    assert len(byte_of) == 256 == len(set(byte_of.values()))
+    for token, id in vocab.items():
+        expected = token.encode() if token in special else bytes(byte_of[c] for c in token)
+        assert encoding.decode_single_token_bytes(id) == expected
+
+
+def test_bytes_without_a_token_are_dropped(encoding, hf_tokenizer, hf_ids):
+    vocab = hf_tokenizer.get_vocab()
+    without = [byte for character, byte in tokenizer.byte_alphabet().items() if character not in vocab]
+    assert sorted(without) == list(NO_TOKEN) and len(NO_TOKEN) == 21
+    assert encoding.n_vocab == VOCAB_SIZE + 21  # hence: the vocabulary's size is VOCAB_SIZE, or the config's
+    assert encode(encoding, "a\x04b\x1d\x06") == encode(encoding, "a") + encode(encoding, "b")
+    assert encode(encoding, "*\x06:") == encode(encoding, "*:") == [13714]  # dropped before merging
+    for text in (
+        "\U00040000\U00080000",
+        " \x04\u200b",
+        "a \x04a",
+        "\n\n\x04",
+        "'\x16s",
+        "x\U000bffff\x16",
+        "1\x1d\x1d 1",
+    ):
+        assert encode(encoding, text) == hf_ids([text])[0], text
+    assert encode(encoding, "") == encode(encoding, "\x04") == []
+
+
+def test_names_of_special_tokens_are_text(encoding, hf_default_ids):
+    text = "one<|endoftext|>two<|im_start|>user\n<filename>a.py<|im_end|>"
+    ids = encode(encoding, text)
+    assert END_OF_TEXT not in ids and min(ids) > 16 and encoding.decode(ids) == text
+    special = encoding.encode(text, allowed_special="all")
+    assert special == hf_default_ids([text])[0] and {0, 1, 2} < set(special)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\t", "\u3000", " \n"])
+def test_long_runs_of_white_space(run, encoding, hf_ids):
+    texts = [run * n + tail for n in (1, 2, 3, 100, 4_097, 100_000) for tail in ("", "x", "1")]
+    texts += [run * (600_000 // len(run)) + "x"]  # longer than encode's own pieces
+    for text, ids in zip(texts, hf_ids(texts), strict=True):
+        assert encode(encoding, text) == ids, len(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Other tokenizers
+
+
+def small_tokenizer(**changes):
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    return {"normalizer": None, "pre_tokenizer": PRE_TOKENIZER, "added_tokens": [], "model": model} | changes
+
+
+def official_with(hf_tokenizer, **changes):
+    return json.loads(hf_tokenizer.to_str()) | changes
+
+
+@pytest.mark.parametrize("make", [
+    lambda hf: json.dumps(small_tokenizer()),
+    lambda hf: json.dumps(official_with(hf, pre_tokenizer={"type": "Whitespace"})),
+    lambda hf: json.dumps(official_with(hf, pre_tokenizer=None)),
+    lambda hf: json.dumps(official_with(hf, normalizer={"type": "NFC"})),
+    lambda hf: json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}),
+    lambda hf: json.dumps([1, 2]),
+    lambda hf: json.dumps(small_tokenizer())[:20],
+    lambda hf: "",
+], ids=["small", "other pattern", "no pattern", "normalizer", "unigram", "list", "cut", "empty"])  # fmt: skip
+def test_a_foreign_tokenizer_is_refused_with_one_line(make, hf_tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(make(hf_tokenizer), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        load_tokenizer(str(tmp_path))
+    message = stop.value.code
+    assert message.startswith("error: the tokenizer of ") and str(tmp_path) in message and "\n" not in message
+
+
+def test_a_tokenizer_saved_again_is_the_same(encoding, hf_tokenizer, tmp_path):
+    """Saved by other tools its bytes differ; what counts is what it does."""
+    hf_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    other = load_tokenizer(str(tmp_path))
+    assert other._mergeable_ranks == encoding._mergeable_ranks and other._special_tokens == encoding._special_tokens
