@@ -88,8 +88,26 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
+def attend(q, k, v):
+    """
+    Causal attention: softmax(q k^T / sqrt(D)) v, with q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
+    Query head h reads key/value head h // (H/K). T is S, or 1: a lone query is the newest position.
+    """
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    if T > 512:  # long: without the (T, T) scores; up to here the formula itself is faster
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the queries of a group, one after another
+    scores = (q @ k.transpose(-2, -1)).float().view(B, K, H // K, T, S)
+    if T > 1:
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)
+    return (weights @ v).view(B, H, T, D)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries: query head h reads key/value head h // (H/K)."""
+    """Causal self-attention with rotary positions and grouped queries."""
 
     def __init__(self, config):
         super().__init__()
@@ -108,8 +126,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
-        # A lone query is the newest position: it may look at all there is, and needs no mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)  # (B, H, T, D)
+        y = attend(q, k, v)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
