@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import textwrap
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,8 +349,8 @@ def load_model(release):
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
-        sys.exit(f"error: the weights in {release.path} contradict its config: {wrong[0]} ({len(wrong)} such)")
+        wrong = textwrap.shorten(str(error).splitlines()[1], 240, placeholder=" ...")  # the first of what may be many
+        sys.exit(f"error: the weights in {release.path} contradict its config: {wrong}")
     return model
 
 
