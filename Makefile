@@ -5,7 +5,8 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-.PHONY: all setup test verify toy clean
+
+.PHONY: all setup test verify toy
 
 all: setup
 	$(PY) prepare_data.py

@@ -19,3 +19,5 @@ log_interval = 10
 
 sample_interval = 500
 sample_prompt = "The"
+
+compile = True
