@@ -419,11 +419,11 @@ def show(value):
 def print_table(findings, sources):
     columns = ("config.json", "training YAML", "GGUF header")
     titles = "".join(f"{title:>14}" for title in columns)
-    print(f"\n{'parameter':<24}{'value':>10}{titles}   evidence (the nearest rival that is out)")
+    print(f"\n{'parameter':<24}{'value':>11}{titles}   evidence (the nearest rival that is out)")
     for name, finding in findings.items():
         claims = [sources[title] and sources[title][name] for title in columns]
         cells = [f"{show(claim):>12}" + " *"[claim is not None and claim not in finding.remaining] for claim in claims]
-        print(f"{name:<24}{show(finding.value):>10}", *cells, f" {finding.evidence}")
+        print(f"{name:<24}{show(finding.value):>11}", *cells, f" {finding.evidence}")
     print()
     for name, finding in findings.items():
         if finding.picked_by:

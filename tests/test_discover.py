@@ -1,0 +1,442 @@
+"""
+discover.py: the rivals are the networks that they are named after (transformers is the oracle), the search finds
+the true one, and the real weights give the real architecture. Runs on the real weights read few tokens.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.helium import modeling_helium
+from transformers.models.llama import modeling_llama
+
+import discover
+from discover import DiscoverConfig, Network, Reader, paired
+from official import SHA256, load_state_dict
+
+OFFICIAL_CONFIG = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run discover.py with these settings: (exit code, what it printed)."""
+
+    def run(**settings):
+        with pytest.raises(SystemExit) as stop:
+            discover.main(DiscoverConfig(**{"out_dir": str(tmp_path / "out")} | settings))
+        code, printed = stop.value.code, capsys.readouterr()
+        if isinstance(code, str):  # sys.exit("error: ...")
+            assert code.startswith("error: ") and "\n" not in code
+            return 1, code
+        return code, printed.out + printed.err
+
+    return run
+
+
+def table(out):
+    """The closing table: {parameter: its cells, without the evidence}."""
+    lines = out[out.index("parameter   ") :].split("\n\n")[0].splitlines()[1:]
+    return {line[:24].strip(): [line[24:35].strip(), *line[35:77].split()] for line in lines}
+
+
+def rivals(out):
+    """The rows of part 2: {(question, rival): (tokens, difference, ratio, verdict)}."""
+    rows, question = {}, ""
+    for line in out[out.index("question   ") :].split("\n\n")[0].splitlines()[1:]:
+        if match := re.match(r"(\w*) +(\S+) +([\d,]+) +[\d.]+ +(\S+) +\S+ +([\d.]+)  (\w.*)$", line):
+            question = match[1] or question
+            tokens = int(match[3].replace(",", ""))
+            rows[question, match[2]] = (tokens, float(match[4]), float(match[5]), match[6])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The rivals
+
+
+SHAPE = dict(vocab_size=300, hidden_size=96, intermediate_size=160, num_hidden_layers=2)
+
+
+def tiled(states, n):
+    return states.repeat(1, n, 1, 1)  # KV heads 0 1 2 0 1 2 ..., where repeat_kv gives 0 0 1 1 2 2
+
+
+def gated_by_up(self, x):
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [
+        {},
+        {"rope_layout": "interleaved"},
+        {"head_dim": 32},
+        {"kv_grouping": "tiled"},
+        {"gate": "up_proj"},
+        {"hidden_act": "gelu"},
+        {"hidden_act": "relu"},
+        {"norm_order": "swapped"},
+        {"rope_theta": 500.0},
+        {"rms_norm_eps": 0.1},
+        {"rope_layout": "interleaved", "kv_grouping": "tiled", "norm_order": "swapped", "gate": "up_proj"},
+    ],
+)
+def test_rival_is_that_network_in_transformers(rival):
+    network = Network(head_dim=16)._replace(**rival)
+    torch.manual_seed(0)
+    D = network.head_dim
+    config = LlamaConfig(
+        **SHAPE, num_attention_heads=192 // D, num_key_value_heads=64 // D, head_dim=D, hidden_act=network.hidden_act,
+        rope_parameters={"rope_type": "default", "rope_theta": network.rope_theta}, rms_norm_eps=network.rms_norm_eps,
+        tie_word_embeddings=True, attn_implementation="eager", max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+    for name, p in theirs.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    tensors = {name: w.detach().clone() for name, w in theirs.model.state_dict(prefix="model.").items()}
+    ids = torch.randint(300, (65,))
+
+    with torch.no_grad():
+        if network.norm_order == "swapped":
+            for layer in theirs.model.layers:
+                first, second = layer.input_layernorm, layer.post_attention_layernorm
+                layer.input_layernorm, layer.post_attention_layernorm = second, first
+        rotate = modeling_llama.apply_rotary_pos_emb
+        if network.rope_layout == "interleaved":  # Helium is Llama with the other layout
+            rotate = modeling_helium.apply_rotary_pos_emb
+        repeat = tiled if network.kv_grouping == "tiled" else modeling_llama.repeat_kv
+        forward = gated_by_up if network.gate == "up_proj" else modeling_llama.LlamaMLP.forward
+        with (
+            patch.object(modeling_llama, "apply_rotary_pos_emb", rotate),
+            patch.object(modeling_llama, "repeat_kv", repeat),
+            patch.object(modeling_llama.LlamaMLP, "forward", forward),
+        ):
+            logits = theirs(ids[None, :-1]).logits[0]
+        expected = F.cross_entropy(logits, ids[1:], reduction="none")
+        shapes = discover.read_shapes(None, tensors)
+        nll = Reader(shapes, tensors, ids).read(network, 0, 64)
+    assert (nll - expected).abs().max() < 1e-4
+    if rival:
+        plain = Reader(shapes, tensors, ids)
+        with torch.no_grad():
+            assert (plain.read(Network(head_dim=16), 0, 64) - expected).abs().max() > 0.01  # it is another network
+
+
+# ---------------------------------------------------------------------------------------------
+# The statistics and the search
+
+
+def test_neighbours_are_not_taken_as_independent():
+    torch.manual_seed(0)
+    independent = torch.randn(100_000)
+    in_runs = torch.randn(12_500).repeat_interleave(8)  # eight equal ones in a row: an eighth of the observations
+    for d, error in ((independent, 100_000**-0.5), (in_runs, 12_500**-0.5)):
+        difference = paired(d + 5.0, torch.full_like(d, 5.0))
+        assert difference.error == pytest.approx(error, rel=0.1)
+        assert difference.mean == pytest.approx(d.mean().item(), abs=1e-6)
+
+
+def test_out_takes_two_standard_errors_and_the_floor():
+    assert discover.Difference(0.02, 0.009, 1).worse
+    assert not discover.Difference(0.02, 0.011, 1).worse  # within two standard errors
+    assert not discover.Difference(0.0009, 0.0001, 1).worse  # nine of them, but bfloat16 moves the mean by as much
+    assert discover.Difference(-0.02, 0.009, 1).better and not discover.Difference(-0.0009, 0.0001, 1).better
+
+
+class FakeReader:
+    """Reads as the `truth` would be read: worse by `costs` for each field in which a network differs from it."""
+
+    def __init__(self, truth, costs=(), ends=10**9):
+        self.truth, self.costs, self.ends = truth, dict(costs), ends
+        self.asked, self.known = {}, {}
+
+    def nll(self, network, n):
+        self.known[network] = self.read(network, 0, max(n, len(self.known.get(network, ()))))
+        return self.known[network][:n]
+
+    def read(self, network, start, stop):
+        text = torch.randn(20_000, generator=torch.Generator().manual_seed(0))[start:stop] + 3.0  # the same for all
+        noise = torch.randn(stop - start, generator=torch.Generator().manual_seed(zlib.crc32(repr(network).encode())))
+        wrong = [name for name in Network._fields if getattr(network, name) != getattr(self.truth, name)]
+        beyond = torch.arange(stop - start) >= self.ends
+        return text + 0.05 * noise + sum(self.costs.get(name, 0.5) for name in wrong) + 2.0 * beyond
+
+
+RIVALS = {
+    "rope_layout": ("half-split", "interleaved"),
+    "head_dim": (32, 64),
+    "kv_grouping": ("repeated", "tiled"),
+    "gate": ("gate_proj", "up_proj"),
+    "hidden_act": ("silu", "gelu", "relu"),
+    "norm_order": ("as named", "swapped"),
+    "rope_theta": (1e4, 1e5, 1e6),
+    "rms_norm_eps": (1e-6, 1e-5, 1e-3),
+}
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        Network(),
+        Network(rope_theta=1e4),
+        Network(rope_layout="interleaved", norm_order="swapped"),
+        Network("interleaved", 32, "tiled", "up_proj", "relu", "swapped", 1e6, 1e-3),
+    ],
+)
+def test_search_finds_the_truth_from_where_it_starts(truth):
+    found, differences = discover.search(FakeReader(truth), Network(), RIVALS, 1_024, 2_048)
+    assert found == truth
+    for question, values in RIVALS.items():  # every rival was held against the network found, and is out
+        assert set(differences[question]) == set(values) - {getattr(truth, question)}
+        assert all(difference.worse and 0.4 < difference.mean < 0.6 for difference in differences[question].values())
+
+
+def test_search_tells_what_it_cannot_tell():
+    reader = FakeReader(Network(), {"rms_norm_eps": 0.0, "rope_theta": 0.002})
+    found, differences = discover.search(reader, Network(), RIVALS, 1_024, 16_384)
+    assert found == Network()
+    assert not any(difference.worse for difference in differences["rms_norm_eps"].values())
+    assert all(difference.worse for difference in differences["rope_theta"].values())  # thanks to reading on
+    shapes = discover.SHAPES_135M
+    sources = {"GGUF header": None, "config.json": {name: None for name in Network._fields} | {"rms_norm_eps": 1e-6}}
+    finding = discover.from_behaviour(shapes, found, differences, sources)["rms_norm_eps"]
+    assert (finding.value, finding.picked_by) == (1e-6, "config.json")
+    assert sorted(finding.remaining) == [1e-6, 1e-5, 1e-3]
+
+
+@pytest.mark.parametrize("ends, expected", [(10**9, (4_096, None)), (2_816, (2_560, 3_072)), (2_048, (2_048, 2_560))])
+def test_reading_on_stops_where_it_breaks(ends, expected):
+    assert discover.read_onward(FakeReader(Network(), ends=ends), Network(), 1_024, 4_096) == expected
+
+
+def test_picture(tmp_path):
+    reader = FakeReader(Network())
+    for theta in (1e3, 1e4, 5e4, 1e5, 1e6):
+        reader.nll(Network(rope_theta=theta), 1_024)
+    sources = {"config.json": {"rope_theta": 1e5}, "training YAML": {"rope_theta": 1e4}, "GGUF header": None}
+    discover.draw(reader, Network(), sources, 1_024, 2_048, tmp_path / "new" / "discover.png")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["discover.png"]
+    assert (tmp_path / "new" / "discover.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------------------------------
+# The family, in small: its ratios of heads, as transformers saves them
+
+
+def stand_in(path, heads, kv_heads, head_dim, mlp, vocab=100, layers=3, std=0.02):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=heads * head_dim, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 130_000.0},
+        initializer_range=std,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def change_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("360M", (15, 5, 8, 320)), ("1.7B", (32, 32, 4, 512)), ("135M", (9, 3, 16, 384))]
+)
+def test_stand_in_of_the_family_gives_its_own_shape(tmp_path, run, name, shape):
+    path = stand_in(tmp_path / name, *shape)
+    code, out = run(official=str(path))
+    heads, kv_heads, head_dim, mlp = shape
+    found = table(out)
+    expected = dict(
+        vocab_size=100, hidden_size=heads * head_dim, num_hidden_layers=3, intermediate_size=mlp, head_dim=head_dim,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    assert {key: int(found[key][0].replace(",", "")) for key in expected} == expected
+    assert found["rope_theta"] == ["130,000", "130,000", "-", "-"]  # no text to read: the config is believed, and
+    assert "these weights do not read" in out  # it is said
+    total = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+    assert f"{total:,} values" in out and re.search(rf"total +{total:,} ", out)
+    assert "3. Proof" not in out and code == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_settle_nothing_by_behaviour(tmp_path, run):
+    path = stand_in(tmp_path / "random", 2, 1, 32, 64, vocab=49_152, layers=1, std=0.2)
+    code, out = run(official=str(path), tokens=256, context=512)
+    assert "these weights do not read" in out and code == 0
+    assert table(out)["rope_theta"][0] == "130,000"
+
+
+def test_config_that_contradicts_the_shapes(tmp_path, run):
+    path = stand_in(tmp_path / "folder", 15, 5, 8, 320)
+    change_config(path, num_hidden_layers=4, vocab_size=99)
+    code, out = run(official=str(path))
+    assert code == 1
+    assert "* num_hidden_layers: the config.json says 4, the weights 3: model.layers.0 to 2" in out
+    assert "* vocab_size: the config.json says 99, the weights 100: embed_tokens [100, 120]" in out
+    assert table(out)["num_hidden_layers"] == ["3", "4*", "-", "-"]
+
+
+def add(name, *shape):
+    return lambda tensors: tensors | {name: torch.zeros(*shape, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        (add("model.layers.1.self_attn.q_proj.bias", 120), "biases (model.layers.1.self_attn.q_proj.bias)"),
+        (add("lm_head.weight", 100, 120), "lm_head.weight of its own"),
+        (add("model.extra.weight", 3), "model.extra.weight is [3]"),
+        (add("model.layers.2.mlp.up_proj.weight", 320, 60), "model.layers.2.mlp.up_proj.weight is [320, 60]"),
+        (lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.down" not in k}, "down_proj.weight is missing"),
+        (lambda tensors: {k: v for k, v in tensors.items() if "embed" not in k}, "no tensor model.embed_tokens.weight"),
+    ],
+)  # fmt: skip
+def test_other_networks_are_refused_by_name(tmp_path, run, fault, named):
+    path = stand_in(tmp_path / "folder", 15, 5, 8, 320)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(fault(tensors), path / "model.safetensors")
+    code, out = run(official=str(path))
+    assert code == 1 and named in out
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": None}, {"hidden_size": None}, {"vocab_size": "many"}])
+def test_config_that_describes_nothing(tmp_path, run, changes):
+    path = stand_in(tmp_path / "folder", 15, 5, 8, 320)
+    change_config(path, **changes)
+    code, out = run(official=str(path))
+    assert code == 1 and "describes no network" in out
+
+
+@pytest.mark.parametrize("settings", [dict(tokens=255), dict(context=2_047)])
+def test_settings_that_make_no_sense(run, settings):
+    code, out = run(**settings)
+    assert code == 2 and out.startswith("error: ") and len(out.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The real weights, on few tokens
+
+
+@pytest.fixture
+def fewer(monkeypatch):
+    """Only the questions at issue, so that a run takes seconds."""
+    monkeypatch.setattr(discover, "THETAS", (1e4, 1e5))
+    monkeypatch.setattr(discover, "EPSILONS", (1e-5, 1e-3))
+    monkeypatch.setattr(discover, "ACTIVATIONS", {"silu": F.silu})
+    monkeypatch.setattr(discover, "head_dims", lambda shapes, claimed: [64])
+
+
+@pytest.fixture(scope="session")
+def real_tensors(release):
+    return {name: tensor.bfloat16() for name, tensor in load_state_dict(release).items()}
+
+
+@pytest.fixture(scope="session")
+def official_config():
+    """The base release's config.json, whose hash is pinned; typed in, not taken from discover.py."""
+    text = """{
+  "architectures": [
+    "LlamaForCausalLM"
+  ],
+  "attention_bias": false,
+  "attention_dropout": 0.0,
+  "bos_token_id": 0,
+  "eos_token_id": 0,
+  "hidden_act": "silu",
+  "hidden_size": 576,
+  "initializer_range": 0.041666666666666664,
+  "intermediate_size": 1536,
+  "is_llama_config": true,
+  "max_position_embeddings": 8192,
+  "model_type": "llama",
+  "num_attention_heads": 9,
+  "num_hidden_layers": 30,
+  "num_key_value_heads": 3,
+  "pretraining_tp": 1,
+  "rms_norm_eps": 1e-05,
+  "rope_interleaved": false,
+  "rope_scaling": null,
+  "rope_theta": 100000,
+  "tie_word_embeddings": true,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.40.1",
+  "use_cache": true,
+  "vocab_size": 49152
+}
+"""
+    assert hashlib.sha256(text.encode()).hexdigest() == OFFICIAL_CONFIG
+    return text
+
+
+def test_base(tmp_path, run, monkeypatch, official_config):
+    monkeypatch.setattr(discover, "THETAS", (1e4, 5e4, 1e5, 1e6))
+    code, out = run(tokens=512, context=768)
+    assert code == 0, out
+    for line in (
+        "model: 272 tensors, 134,515,008 values", "embed_tokens (the head as well)     49,152 x 576     28,311,552",
+        "one block                                             3,540,096",
+        "all 30 blocks                                       106,202,880",
+        "total                                               134,515,008   fp32 538 MB, bf16 269 MB",
+    ):  # fmt: skip
+        assert line.removeprefix("model: ") in out
+
+    rows = rivals(out)
+    tokens, difference, ratio, verdict = rows["rope_theta", "10,000"]
+    assert (tokens, verdict) == (512, "out") and 0.15 < difference < 0.3 and ratio > 5
+    assert rows["rope_theta", "50,000"][0] == 768 and rows["rope_theta", "50,000"][3] == "not told apart"
+    gross = {question for question, _ in rows} - {"rope_theta", "rms_norm_eps"}
+    assert gross == {"rope_layout", "head_dim", "kv_grouping", "gate", "hidden_act", "norm_order"}
+    for (question, rival), (_, difference, ratio, verdict) in rows.items():
+        if question in gross:
+            assert verdict == "out" and difference > 0.5 and ratio > 5, (question, rival)
+    assert rows["rms_norm_eps", "1e-06"][3] == "not told apart" and rows["rms_norm_eps", "0.001"][3] == "out"
+
+    found = table(out)
+    assert found["rope_theta"] == ["100,000", "100,000", "10,000*", "100,000"]
+    assert found["max_position_embeddings"][0] == "8,192" and found["rope_layout"][0] == "half-split"
+    assert "\n* rope_theta: the training YAML says 10,000, the weights 100,000: under 10,000, NLL +0.2" in out
+    assert "rope_theta: the evidence leaves 100,000 or 50,000; the GGUF header decides" in out
+    assert (tmp_path / "out" / "config.json").read_text() == official_config
+    assert OFFICIAL_CONFIG in out and "which is the official file's" in out
+
+
+def test_folder_whose_config_says_theta_10_000(tmp_path, run, fewer, real_tensors, official_config):
+    path = tmp_path / "folder"
+    path.mkdir()
+    save_file(real_tensors, path / "model.safetensors")
+    (path / "config.json").write_text(official_config)
+    change_config(path, rope_theta=10_000)
+    code, out = run(official=str(path), tokens=512, context=512)
+    assert code == 1
+    line = next(line for line in out.splitlines() if line.startswith("* rope_theta: the config.json says 10,000"))
+    margin = re.search(r"the weights 100,000: under 10,000, NLL \+(\S+) ± \S+ \((\S+) standard errors\)", line)
+    assert 0.15 < float(margin[1]) < 0.3 and float(margin[2]) > 5
+    assert "the release's own config.json contradicts the evidence" in out
+    assert table(out)["rope_theta"] == ["100,000", "10,000*", "10,000*", "100,000"]
+    assert (tmp_path / "out" / "config.json").read_text() == official_config  # what it should have said
+
+
+def test_folder_whose_q_and_k_are_interleaved(tmp_path, run, fewer, real_tensors, official_config):
+    path = tmp_path / "folder"
+    path.mkdir()
+    moved = {  # a head's row i comes to 2i, its row i + 32 to 2i + 1, as llama.cpp has them
+        name: w.view(-1, 2, 32, 576).transpose(1, 2).reshape(w.shape) if re.search("[qk]_proj", name) else w
+        for name, w in real_tensors.items()
+    }
+    save_file(moved, path / "model.safetensors")
+    (path / "config.json").write_text(official_config)
+    code, out = run(official=str(path), tokens=256, context=256)
+    assert code == 1
+    assert table(out)["rope_layout"] == ["interleaved", "half-split*", "half-split*", "half-split*"]
+    assert "* rope_layout: the config.json says half-split, the weights interleaved: under half-split, NLL +2." in out
+    assert table(out)["rope_theta"][0] == "100,000"  # found all the same
