@@ -17,6 +17,7 @@ How do you know? The official weights go in; every number of the architecture co
 Exit code 1 when the evidence contradicts the release's own config, or the proof of base fails.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -404,6 +405,12 @@ def from_behaviour(shapes, network, differences, sources):
     return findings
 
 
+def from_reading_on(reach, limit, sources):
+    """The Finding of a context from how far the network reads, as read_onward returns it."""
+    evidence = f"reads {reach:,} tokens without loss" + (f", but not {limit:,}" if limit else "")
+    return pick("max_position_embeddings", reach, range(int(reach / BEYOND), limit or sys.maxsize), evidence, sources)
+
+
 def show(value):
     if isinstance(value, bool):
         return str(value).lower()
@@ -463,7 +470,8 @@ def write(path, content):
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         sys.exit(f"error: {path} could not be written ({error.strerror}): give another --out_dir")
 
 
@@ -586,9 +594,7 @@ def main(config):
         }
         reach, limit = 1, None
     findings |= from_behaviour(shapes, network, differences, sources)
-    evidence = f"reads {reach:,} tokens without loss" + (f", but not {limit:,}" if limit else "")
-    remaining = range(int(reach / BEYOND), limit or sys.maxsize)
-    findings["max_position_embeddings"] = pick("max_position_embeddings", reach, remaining, evidence, sources)
+    findings["max_position_embeddings"] = from_reading_on(reach, limit, sources)
 
     out_dir, proven = Path(config.out_dir), None
     if shapes == SHAPES_135M:

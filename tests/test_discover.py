@@ -217,6 +217,17 @@ def test_reading_on_stops_where_it_breaks(ends, expected):
     assert discover.read_onward(FakeReader(Network(), ends=ends), Network(), 1_024, 4_096) == expected
 
 
+@pytest.mark.parametrize(
+    "reach, limit, fit, unfit",
+    [(4_096, None, [4_096, 8_192, 131_072], [1_024, 2_048]), (10_240, 11_264, [8_192], [2_048, 4_096, 16_384])],
+)
+def test_contexts_that_reading_on_leaves(reach, limit, fit, unfit):
+    for claim in fit + unfit:
+        finding = discover.from_reading_on(reach, limit, {"config.json": {"max_position_embeddings": claim}})
+        assert finding.value == (claim if claim in fit else reach)
+        assert (claim in finding.remaining) == (claim in fit)
+
+
 def test_picture(tmp_path):
     reader = FakeReader(Network())
     for theta in (1e3, 1e4, 5e4, 1e5, 1e6):
@@ -376,6 +387,22 @@ def official_config():
 """
     assert hashlib.sha256(text.encode()).hexdigest() == OFFICIAL_CONFIG
     return text
+
+
+def test_proof_is_of_the_bytes(tmp_path, capsys, official_config):
+    shapes, sources = discover.SHAPES_135M, {"config.json": None, "GGUF header": None}
+    all_out = {name: {} for name in Network._fields}
+    findings = discover.from_shapes(shapes) | discover.from_behaviour(shapes, Network(), all_out, sources)
+    findings["max_position_embeddings"] = discover.from_reading_on(8_192, None, sources)
+    assert discover.prove(findings, sources, tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_text() == official_config
+    assert sources["config.json"]["rope_theta"] == 100_000  # what the file says is known by its hash
+    findings["rope_theta"] = findings["rope_theta"]._replace(value=50_000.0)
+    assert not discover.prove(findings, sources, tmp_path / "config.json")
+    assert f"but the official file's is {OFFICIAL_CONFIG}" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: .*file/config.json could not be written"):
+        discover.prove(findings, sources, tmp_path / "file" / "config.json")
 
 
 def test_base(tmp_path, run, monkeypatch, official_config):
