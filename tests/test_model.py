@@ -55,7 +55,7 @@ def ids(B, T, seed=1, vocab_size=256):
 # The network
 
 
-@pytest.mark.parametrize("T", [1, 512, 600])  # attention takes another way from 513 on
+@pytest.mark.parametrize("T", [1, 2, 512, 600])  # attention takes another way from 513 on
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_are_those_of_transformers(shape, T):
     config = SHAPES[shape]
