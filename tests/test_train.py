@@ -34,7 +34,7 @@ RESUME = ["--init_from=resume", "--max_iters=12"]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, real_ids):
-    """A folder to run in, with real text in data/text: 3,000 tokens to train on, 500 to evaluate on (data/short: 210)."""
+    """A folder to run in, with real text: data/text, 3,000 tokens and 500 to evaluate on, and data/short, 210."""
     write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
     write_data(tmp_path / "data/short", real_ids[:210], real_ids[3000:3500])
     monkeypatch.chdir(tmp_path)
