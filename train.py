@@ -458,7 +458,7 @@ def train(config):
             break
     bar.close()
     if rank == 0:
-        say(*summary(log_path, resumed_at))
+        say(f"parameters  {parameters:,}", *summary(log_path, resumed_at))
     if world_size > 1:
         dist.barrier()  # none leaves while another still writes
         dist.destroy_process_group()
