@@ -270,7 +270,7 @@ def search(reader, network, rivals, tokens, far):
     while asked_of != network:
         asked_of = network
         for question, values in rivals.items():
-            # A rival that is out is read no further. What is left of the thetas reads on: they differ at a distance.
+            # A rival is read no further than it takes to be out, or within the floor. Thetas differ at a distance.
             lengths = (tokens, far) if question == "rope_theta" else (GLANCE, tokens)
             differences[question] = {}
             for value in values:
@@ -279,7 +279,7 @@ def search(reader, network, rivals, tokens, far):
                 rival = network._replace(**{question: value})
                 for n in lengths:
                     difference = paired(reader.nll(rival, n), reader.nll(network, n))
-                    if difference.worse:
+                    if difference.worse or abs(difference.mean) + 2 * difference.error < FLOOR:
                         break
                 verdict = "out" if difference.worse else "better" if difference.better else "not told apart"
                 title = question * (not differences[question])
