@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class SmolLM2(nn.Module):
         )
         # The head is tied: logits are read off with embed_tokens.weight itself, so there is no lm_head.
         cos, sin = rope_tables(config, config.max_position_embeddings)
+        self.checkpoint_blocks = False  # keep a block's input alone for backward, and run the block again there
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
         for p in self.parameters():
@@ -196,7 +198,10 @@ class SmolLM2(nn.Module):
         cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D/2)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, caches[i] if caches else None)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, caches[i] if caches else None)
         return self.model.norm(x)
 
     def forward(self, idx, targets=None):

@@ -17,7 +17,7 @@ import torch
 
 from checkpoint import checkpoint_model, read_checkpoint
 from configurator import configure
-from machine import pick_device, pick_dtype
+from machine import pick_device, pick_matmul
 from official import describe, find_release, load_model
 from tokenizer import END_OF_TEXT, encode, load_tokenizer
 
@@ -54,7 +54,8 @@ def chat_ids(encoding, prompt):
 
 def main(config):
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype, precision = pick_matmul(config.dtype, "auto", device)
+    torch.set_float32_matmul_precision(precision)
     if config.official:
         release = find_release(config.official)
         print(describe(release))

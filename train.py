@@ -29,7 +29,7 @@ from tqdm import tqdm
 from batches import get_blocks, mix, open_data
 from checkpoint import checkpoint_model, read_checkpoint, write_checkpoint
 from configurator import configure, differences
-from machine import autocast, pick_device, pick_dtype
+from machine import autocast, keep_memory, pick_device, pick_matmul
 from model import ModelConfig, SmolLM2
 from official import describe, find_release, load_model
 from tokenizer import encode, load_tokenizer
@@ -83,7 +83,9 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the order of the data, the samples
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay fp32; auto measures
+    float32_matmul_precision: Literal["auto", "highest", "medium"] = "auto"  # torch's; on a CPU: MKL or oneDNN
     compile: bool = False  # torch.compile each block: slower to start, faster to run
+    checkpoint_blocks: bool = False  # keep a block's input alone for backward, and run it again: memory for time
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,10 +194,11 @@ def settle(config, device, world_size):
     sequences = config.batch_size * config.gradient_accumulation_steps
     if sequences % world_size:
         sys.exit(f"error: batch_size x gradient_accumulation_steps is {sequences}, not to be shared by {world_size}")
-    dtype = [pick_dtype(config.dtype, device)]
+    matmul = [pick_matmul(config.dtype, config.float32_matmul_precision, device)]
     if world_size > 1:
-        dist.broadcast_object_list(dtype)  # two processes may measure two things
-    return replace(config, device=device.split(":")[0] if config.device == "auto" else config.device, dtype=dtype[0])
+        dist.broadcast_object_list(matmul)  # two processes may measure two things
+    device = device.split(":")[0] if config.device == "auto" else config.device
+    return replace(config, device=device, dtype=matmul[0][0], float32_matmul_precision=matmul[0][1])
 
 
 def load_weights(init_from, say):
@@ -259,6 +262,8 @@ def train(config):
             return 0
         config = replace(config, init_from=resume["config"]["init_from"])  # how the run began stays on record
     config = settle(config, device, world_size)
+    torch.set_float32_matmul_precision(config.float32_matmul_precision)
+    keep_memory()
     sequences = config.batch_size * config.gradient_accumulation_steps  # an iteration, in all processes together
     tokens = sequences * config.block_size
     train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size)
@@ -280,7 +285,7 @@ def train(config):
             f"error: block_size {config.block_size} is longer than the context: "
             f"raise max_position_embeddings ({config.max_position_embeddings}), or lower block_size"
         )
-    model.to(device)
+    model.to(device).checkpoint_blocks = config.checkpoint_blocks
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -385,8 +390,8 @@ def train(config):
         "evaluate",
         f"iteration   {sequences} sequences x {config.block_size} = {tokens:,} tokens; {config.max_iters:,} iterations "
         f"= {epochs:.2f} epochs",
-        f"machine     {config.device} x {world_size}, {config.dtype}, {'compiled' if config.compile else 'eager'}, "
-        f"{torch.get_num_threads()} threads",
+        f"machine     {config.device} x {world_size}, {torch.get_num_threads()} threads, {config.dtype} "
+        f"(fp32 products: {config.float32_matmul_precision}), {'compiled' if config.compile else 'eager'}",
         f"checkpoint  {ckpt_path} at iteration {next_save}, then every {config.eval_interval}, at the last one, and "
         "on Ctrl-C",
     )
