@@ -1,0 +1,90 @@
+"""machine.py: the way matrices are multiplied, held against float64; what is asked for is what comes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import machine
+from machine import pick_device, pick_matmul
+from model import ModelConfig, SmolLM2
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["auto", "highest", "medium"])
+def test_what_is_asked_for_is_taken(dtype, precision):
+    torch.set_float32_matmul_precision("high")
+    picked = pick_matmul(dtype, precision, "cpu")
+    assert picked[0] == dtype or dtype == "auto" and picked[0] in ("float32", "bfloat16")
+    if picked[0] == "float32":
+        assert picked[1] == precision or precision == "auto" and picked[1] in ("highest", "medium")
+    assert torch.get_float32_matmul_precision() == "high"  # asking changes nothing
+
+
+def test_picked_fp32_is_fp32_to_rounding():
+    """Every product of the network, by the fp32 path that is picked here, against float64."""
+    torch.set_float32_matmul_precision(pick_matmul("float32", "auto", "cpu")[1])
+    torch.manual_seed(0)
+    for n, k in ((576, 576), (192, 576), (1_536, 576), (576, 1_536), (49_152, 576)):
+        x, w = torch.randn(64, k), torch.randn(n, k)
+        exact = x.double() @ w.double().T
+        error = (torch.nn.functional.linear(x, w) - exact).norm() / exact.norm()
+        assert error < 2e-6, (n, k, error)  # fp32's are below 1e-6, bf16's above 1e-3
+
+
+def test_a_medium_that_is_bfloat16_within_is_not_taken(monkeypatch):
+    """As on CPUs whose oneDNN rounds fp32 operands to bf16: faster, and not fp32."""
+    matmul = torch.Tensor.__matmul__
+    slow = torch.randn(900, 900)
+
+    def product(x, y):
+        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            return matmul(x.bfloat16(), y.bfloat16()).float()
+        if x.dtype == torch.float32:
+            matmul(slow, slow)  # more than three times the work
+        return matmul(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert pick_matmul("float32", "auto", "cpu") == ("float32", "highest")
+
+
+def test_a_device_that_is_not_there(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit, match=r"^error: device cuda:0 cannot be used \(.*\): try --device=auto$"):
+        pick_device("cuda")
+
+
+def test_checkpointed_blocks_change_memory_and_nothing_else():
+    torch.manual_seed(0)
+    model = SmolLM2(ModelConfig(hidden_size=72, intermediate_size=96, num_hidden_layers=3, head_dim=8, vocab_size=256))
+    idx = torch.randint(256, (2, 40))
+    grads = []
+    for checkpoint_blocks in (False, True):
+        model.checkpoint_blocks = checkpoint_blocks
+        model.zero_grad()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            loss = model(idx, idx)
+        loss.backward()
+        grads.append([loss.detach()] + [p.grad for p in model.parameters()] + [len(saved)])
+    assert all(map(torch.equal, grads[0][:-1], grads[1][:-1]))
+    assert grads[1][-1] < grads[0][-1] / 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has mallopt")
+def test_memory_is_kept():
+    """Page faults of 300 MB, after 400 that were freed: none, where they would be 73,000."""
+    code = (
+        "import resource, torch, machine\n"
+        "machine.keep_memory()\n"
+        "def faults(megabytes):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(250_000 * megabytes)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(faults(400), faults(300))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=machine.__file__[:-11])
+    first, second = map(int, result.stdout.split())
+    assert second < 100 < first
