@@ -82,3 +82,20 @@ def keep_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap never shrinks
+
+
+def try_compiling(model, use, say):
+    """
+    model.compile(), and `use()` to see that it works. Where it does not (no C++ compiler, say), one line and the
+    model as it was. Returns whether it is compiled.
+    """
+    model.compile()
+    try:
+        use()
+    except Exception as error:  # a compiler fails in its own many ways
+        say(f"compile     not possible here ({type(error).__name__}: {str(error).splitlines()[0]}): eager instead")
+        for block in model.model.layers:
+            block._compiled_call_impl = None
+        del model.head  # the compiled one: the class's own is there again
+        return False
+    return True

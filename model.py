@@ -59,6 +59,24 @@ PRESETS = {
 }  # fmt: skip
 
 
+def product(x, weight):
+    """x (..., C) @ weight.T, weight (N, C) -> (..., N)."""
+    if x.numel() == x.shape[-1] and torch.compiler.is_compiling():
+        # One token: the compiler makes of this a single pass over the weights, as fast as memory gives them.
+        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """A matrix and no bias."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension; statistics in fp32 whatever comes in."""
 
@@ -98,6 +116,10 @@ def attend(q, k, v):
     K, S = k.shape[1:3]
     if T > 512:  # long: without the (T, T) scores; up to here the formula itself is faster
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if T == 1 and torch.compiler.is_compiling():  # one pass again, without a library's products
+        q = q.reshape(B, K, H // K, 1, D).float() * D**-0.5
+        weights = (q * k[:, :, None].float()).sum(-1).softmax(-1)  # (B, K, H/K, S)
+        return (weights[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype).view(B, H, 1, D)
     q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the queries of a group, one after another
     scores = (q @ k.transpose(-2, -1)).float().view(B, K, H // K, T, S)
     if T > 1:
@@ -114,10 +136,10 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = Linear(C, config.num_attention_heads * D)
+        self.k_proj = Linear(C, config.num_key_value_heads * D)
+        self.v_proj = Linear(C, config.num_key_value_heads * D)
+        self.o_proj = Linear(config.num_attention_heads * D, C)
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
@@ -136,9 +158,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -210,10 +232,19 @@ class SmolLM2(nn.Module):
         nats per token, in fp32. Raises ValueError when T exceeds max_position_embeddings.
         """
         x = self.hidden(idx)
-        head = self.model.embed_tokens.weight  # (V, C)
         if targets is None:
-            return F.linear(x, head)
-        return cross_entropy(x.flatten(0, 1), head, targets.flatten())
+            return self.head(x)
+        return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten())
+
+    def head(self, x):
+        """Hidden states (..., C) -> logits (..., V)."""
+        return product(x, self.model.embed_tokens.weight)
+
+    def compile(self):
+        """torch.compile, in place, a block at a time: one block's code serves all, in seconds rather than minutes."""
+        for block in self.model.layers:
+            block.compile()
+        self.head = torch.compile(self.head)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None):
@@ -239,7 +270,7 @@ class SmolLM2(nn.Module):
                 fresh = idx[:, -(context - context // 2) :]
                 caches = [KVCache(context) for _ in caches]
             x = self.hidden(fresh, caches)[:, -1]  # (B, C)
-            logits = F.linear(x, self.model.embed_tokens.weight).float()  # (B, V)
+            logits = self.head(x).float()  # (B, V)
             new = pick(logits, temperature, top_k, top_p, generator)  # (B,)
             new = torch.where(stopped, idx[:, -1], new)
             yield new

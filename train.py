@@ -29,7 +29,7 @@ from tqdm import tqdm
 from batches import get_blocks, mix, open_data
 from checkpoint import checkpoint_model, read_checkpoint, write_checkpoint
 from configurator import configure, differences
-from machine import autocast, keep_memory, pick_device, pick_matmul
+from machine import autocast, keep_memory, pick_device, pick_matmul, try_compiling
 from model import ModelConfig, SmolLM2
 from official import describe, find_release, load_model
 from tokenizer import encode, load_tokenizer
@@ -210,28 +210,6 @@ def load_weights(init_from, say):
     return load_model(release)
 
 
-def compile_blocks(model, config, device, say):
-    """
-    torch.compile every block, in place, so that names in the state dict stay as they are: one block's code
-    serves all. Tried at once on a batch; where it fails (no C++ compiler, say), a line and eager blocks.
-    """
-    for block in model.model.layers:
-        block.compile()
-    try:
-        x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
-        with autocast(device, config.dtype):
-            loss = model(x, x)
-        loss.backward()
-    except Exception as error:  # a compiler fails in its own many ways
-        say(f"compile     not possible here ({type(error).__name__}: {str(error).splitlines()[0]}): eager instead")
-        for block in model.model.layers:
-            block._compiled_call_impl = None
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-    return True
-
-
 # ---------------------------------------------------------------------------------------------
 
 
@@ -316,8 +294,15 @@ def train(config):
         del resume
 
     # ---- What computes: autocast for the matrix products, compiled blocks, one copy a process.
+    def try_step():
+        x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
+        with autocast(device, config.dtype):
+            loss = model(x, x)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
     if config.compile:
-        config = replace(config, compile=compile_blocks(model, config, device, say))
+        config = replace(config, compile=try_compiling(model, try_step, say))
     network = model
     if world_size > 1:
         network = DistributedDataParallel(model, forward_sync_buffers=False)
