@@ -35,16 +35,20 @@ def configure(cls, argv=None, saved=None):
         tyro.cli(cls, args=["--help"], **TYRO)  # prints, then exits with code 0
 
     # Everything said becomes (where it was said, "--name=value"), weakest first.
-    settings, flags, words = [], [], iter(argv)
-    for word in words:
+    settings, flags = [], []
+    switches = {field.name for field in dataclasses.fields(cls) if field.type is bool}
+    while argv:
+        word = argv.pop(0)
         if not word.startswith("-"):
             settings += read_config_file(word)
-        elif "=" in word:
-            flags.append(("command line", word))
-        elif (value := next(words, "--")).startswith("--"):
-            reject(f"command line: {word} has no value: write {word}=VALUE")
-        else:  # `--name value` is read like `--name=value`
-            flags.append(("command line", f"{word}={value}"))
+            continue
+        if word.lstrip("-").replace("-", "_") in switches and argv[:1] not in (["True"], ["False"]):
+            word += "=True"  # `--quick` is read like `--quick=True`,
+        elif "=" not in word:
+            if not argv or argv[0].startswith("--"):
+                reject(f"command line: {word} has no value: write {word}=VALUE")
+            word += "=" + argv.pop(0)  # and `--name value` like `--name=value`
+        flags.append(("command line", word))
     said = settings + flags
 
     config = apply(cls(), said)

@@ -353,8 +353,8 @@ class CrossEntropy(torch.autograd.Function):
                     rows.copy_(log_probs.exp_().scatter_(1, t, at_target.exp() - 1))
             if with_grad:
                 dx[i : i + len(h)] = logits @ w
-                dw_chunk = (logits.T @ h).to(head.dtype)  # (V, C)
-                dw = dw_chunk if dw is None else dw.add_(dw_chunk)
+                dw_chunk = logits.T @ h  # (V, C)
+                dw = dw_chunk.to(head.dtype) if dw is None else dw.add_(dw_chunk)
         if with_grad:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)

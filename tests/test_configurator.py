@@ -111,6 +111,12 @@ dtype = 'float32'
     }  # fmt: skip
 
 
+def test_a_switch_needs_no_value():
+    for argv in (["--compile"], ["--compile=True"], ["--compile", "True"], ["--compile", "--max_iters=3"]):
+        assert configure(Config, argv).compile is True
+    assert configure(Config, ["--compile", "False"]).compile is False
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--maxiters=3"], ["command line", "maxiters", "did you mean max_iters?"]),
     (["--learning_rat", "3"], ["did you mean learning_rate?"]),

@@ -341,3 +341,17 @@ def test_a_generator_repeats_itself_and_disturbs_no_other():
 
     assert torch.equal(sample(7), sample(7)) and not torch.equal(sample(7), sample(8))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_compiled_decoding_is_eager_decoding():
+    """The compiled way has products of its own for one token; two rows take a library's."""
+    torch.manual_seed(0)
+    model = SmolLM2(SMALL)
+    eager = [generated(model, ids(B, 9), 30, temperature=0) for B in (1, 2)]
+    model.compile()
+    for B, expected in zip((1, 2), eager, strict=True):
+        assert torch.equal(generated(model, ids(B, 9), 30, temperature=0), expected)
+        caches = [KVCache(9) for _ in model.model.layers]
+        whole = model.hidden(ids(B, 9))
+        parts = [model.hidden(ids(B, 9)[:, t : t + 1], caches) for t in range(9)]
+        assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)

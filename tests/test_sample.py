@@ -106,3 +106,15 @@ def test_errors(capfd, tiny, flags, message):
     out_dir = [] if "nowhere" in flags[0] else [f"--out_dir={tiny}"]
     code, _, _ = run(capfd, *out_dir, *flags)
     assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
+
+
+def test_without_a_compiler_it_goes_on(tiny, capfd, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    flags = [f"--out_dir={tiny}", "--prompt=The", "--max_new_tokens=5"]
+    eager = run(capfd, *flags)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fail))
+    code, texts, output = run(capfd, "--compile", *flags)
+    assert code == 0 and texts == eager[1]
+    assert "compile     not possible here (RuntimeError: no C++ compiler): eager instead" in output

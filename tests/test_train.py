@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import resume_test
 import train
 from batches import get_blocks, mix
 from configurator import configure
+from resume_test import ResumeTestConfig
 from train import TrainConfig, get_lr, saved_settings
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +224,7 @@ def test_compiled_and_eager_share_checkpoints(place, capfd):
     assert run("--out_dir=eager", "--max_iters=6") == 0
     keys = flat(load("eager")).keys()
     assert run("--out_dir=b", "--max_iters=2", "--compile=True") == 0
-    assert "compiled, " in capfd.readouterr().out
+    assert ", compiled\n" in capfd.readouterr().out
     assert flat(load("b")).keys() == keys
     assert run("--out_dir=b", "--init_from=resume", "--max_iters=4", "--compile=False") == 0
     assert run("--out_dir=b", "--init_from=resume", "--max_iters=6", "--compile=True") == 0
@@ -239,6 +241,54 @@ def test_without_a_compiler_it_goes_on(place, capfd, monkeypatch):
     assert run("--out_dir=a", "--max_iters=2", "--compile=True") == 0
     assert "compile     not possible here (RuntimeError: no C++ compiler): eager instead" in capfd.readouterr().out
     assert load("a")["config"]["compile"] is False
+
+
+def test_the_way_of_fp32_products_is_saved_and_kept(place, capfd):
+    assert run("--out_dir=a", "--max_iters=2", "--float32_matmul_precision=medium") == 0
+    assert load("a")["config"]["float32_matmul_precision"] == "medium"
+    torch.set_float32_matmul_precision("highest")
+    assert run("--out_dir=a", "--init_from=resume", "--max_iters=3") == 0
+    assert capfd.readouterr().out.count("float32 (fp32 products: medium)") == 2
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+# ---- resume_test.py
+
+
+def checkpoint_test(capfd):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        resume_test.main(ResumeTestConfig(out_dir="a", iters=5))
+    return exit.value.code, capfd.readouterr().out
+
+
+def test_the_checkpoint_test(place, capfd):
+    assert run("--out_dir=a", "--max_iters=4") == 0
+    before = Path("a/ckpt.pt").read_bytes()
+    code, out = checkpoint_test(capfd)
+    assert code == 0 and out.count("✓") == 12 and "✗" not in out and out.endswith("resume_test: all as it must be\n")
+    assert "a/ckpt.pt: iteration 4; straight to 14, and with a stop at 9" in out
+    assert Path("a/ckpt.pt").read_bytes() == before and {path.name for path in Path("a").iterdir()} == {
+        "ckpt.pt", "log.csv", "loss.png",
+    }  # fmt: skip
+
+
+BROKEN_RESUMES = {
+    "moments": (torch.optim.AdamW, "load_state_dict", ["first moments", "second moments", "moments at 14"]),
+    "weights": (train.SmolLM2, "load_state_dict", ["weights, checksum", "same losses", "weights at 14"]),
+    "scheduler": (torch.optim.lr_scheduler.LambdaLR, "load_state_dict", ["same losses", "weights at 14"]),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_RESUMES)
+def test_the_checkpoint_test_can_fail(what, place, capfd, monkeypatch):
+    assert run("--out_dir=a", "--max_iters=4") == 0
+    cls, method, rows = BROKEN_RESUMES[what]
+    monkeypatch.setattr(cls, method, lambda self, state: None)
+    code, out = checkpoint_test(capfd)
+    assert code == 1
+    for row in rows:
+        assert re.search(rf"^✗ .*{row}", out, re.M), (row, out)
 
 
 # ---- What a resume says and keeps

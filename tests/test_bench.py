@@ -1,0 +1,46 @@
+"""bench.py: its table, its JSON, and that its competitors are the same network. Not its timings."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from bench import BenchConfig, Table
+from configurator import configure
+
+
+def test_last_line_is_json_with_ratios(capsys):
+    bench.main(configure(BenchConfig, ["--rows=tokenize", "--quick"]))
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert set(found) == {"cpu", "threads", "dtype", "rows"} and set(found["rows"]) == {"tokenize"}
+    row = found["rows"]["tokenize"]
+    assert row["ratio"] == row["ours"] / row["peer"] and row["unit"] == "MB/s"
+    assert row["spread"]["ours"] == [row["ours"]] * 2
+    assert lines[-2].split()[0] == "tokenize"
+
+
+def test_ratios_are_of_medians(capsys):
+    table = Table()
+    table.row("x", "s", "seconds", dict(ours=dict(seconds=[1, 9, 2]), peer=dict(seconds=[4]), limit=dict(seconds=[1])))
+    assert table.rows["x"] == dict(
+        unit="s", ours=2, peer=4, limit=1, ratio=0.5, share=2.0, spread=dict(ours=[1, 9], peer=[4, 4], limit=[1, 1])
+    )
+
+
+def test_ours_and_the_peer_are_the_same_network():
+    ours, peer = bench.ours(), bench.peer()
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters()) == bench.PARAMETERS
+    shapes = {name: p.shape for name, p in peer.named_parameters()}
+    assert {name: p.shape for name, p in ours.named_parameters()} == shapes
+    peer.load_state_dict(ours.state_dict(), strict=False)
+    ids = torch.arange(40)[None]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert torch.allclose(ours(ids), peer(input_ids=ids).logits, atol=1e-3)
+
+
+def test_a_row_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(BenchConfig(rows="train,speed"))
+    assert stop.value.code == 2 and "there is no speed; name some of train,decode" in capsys.readouterr().err
