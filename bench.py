@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from checkpoint import read_checkpoint, write_checkpoint
 from configurator import configure, reject
-from machine import autocast, keep_memory, pick_matmul
+from machine import autocast, keep_memory, peak_memory, pick_matmul
 from model import ModelConfig, SmolLM2
 from official import tokenizer_json, wheel_gguf
 from tokenizer import encode, load_tokenizer
@@ -65,16 +65,6 @@ def seconds_of(function, times, warmup=1, device="cpu"):
         if i >= warmup:
             durations.append(time.perf_counter() - start)
     return statistics.median(durations)
-
-
-def peak_memory(device):
-    """Largest resident memory of this process so far, or of the GPU's, in GB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def ours():

@@ -84,6 +84,18 @@ def keep_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap never shrinks
 
 
+def peak_memory(device):
+    """The most memory that this process held at any time, in GB: a GPU's, or what was resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":  # which has no such count without another package
+        return math.nan
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1_024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 def try_compiling(model, use, say):
     """
     model.compile(), and `use()` to see that it works. Where it does not (no C++ compiler, say), one line and the

@@ -66,7 +66,9 @@ def main(config):
         checkpoint = read_checkpoint(path, mmap=True)
         print(f"checkpoint: {path}, iteration {checkpoint['iter_num']}, trained on {checkpoint['config']['dataset']}")
         model = checkpoint_model(checkpoint)
-    model.to(device, getattr(torch, dtype))  # all of it: a token's time goes into reading the weights
+    model.to(device)
+    for p in model.parameters():  # the weights themselves, for a token's time goes into reading them
+        p.data = p.data.to(getattr(torch, dtype))
 
     encoding = load_tokenizer(config.official or "base")
     stop_ids = (END_OF_TEXT, encoding.encode_single_token("<|im_end|>"))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from batches import get_blocks, mix, open_data
 from checkpoint import checkpoint_model, read_checkpoint, write_checkpoint
 from configurator import configure, differences
-from machine import autocast, keep_memory, pick_device, pick_matmul, try_compiling
+from machine import autocast, keep_memory, peak_memory, pick_device, pick_matmul, try_compiling
 from model import ModelConfig, SmolLM2
 from official import describe, find_release, load_model
 from tokenizer import encode, load_tokenizer
@@ -448,7 +448,8 @@ def train(config):
             break
     bar.close()
     if rank == 0:
-        say(f"parameters  {parameters:,}", *summary(log_path, resumed_at))
+        say(f"parameters  {parameters:,}", f"memory      {peak_memory(device):.2f} GB at most")
+        say(*summary(log_path, resumed_at))
     if world_size > 1:
         dist.barrier()  # none leaves while another still writes
         dist.destroy_process_group()
