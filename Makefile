@@ -1,6 +1,7 @@
-# make          set up, prepare text, train a small SmolLM2, resume it, sample from it: about ten minutes
+# make          set up, prepare text, train a small SmolLM2, resume it, sample from it: about six minutes
 # make test     lint and every test
 # make verify   architecture discovery, then model.py against the official weights
+# make bench    speed and memory beside transformers and this machine's limit: half an hour
 # make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 # that does something else besides many times faster (1.6 s an iteration in place of 3.3 or more, one core of two taken).
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: all setup test verify toy
+.PHONY: all setup test verify bench toy
 
 all: setup
 	$(PY) prepare_data.py
@@ -35,6 +36,9 @@ test: setup
 verify: setup
 	$(PY) discover.py
 	$(PY) verify.py
+
+bench: setup
+	$(PY) bench.py
 
 toy: setup
 	$(PY) prepare_data.py

@@ -263,7 +263,8 @@ def train(config):
             f"error: block_size {config.block_size} is longer than the context: "
             f"raise max_position_embeddings ({config.max_position_embeddings}), or lower block_size"
         )
-    model.to(device).checkpoint_blocks = config.checkpoint_blocks
+    model.to(device)
+    model.checkpoint_blocks = config.checkpoint_blocks
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]

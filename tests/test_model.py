@@ -343,6 +343,20 @@ def test_a_generator_repeats_itself_and_disturbs_no_other():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_compiled_training_is_eager_training():
+    torch.manual_seed(0)
+    model = SmolLM2(SMALL)
+    found = []
+    for _ in ("eager", "compiled"):
+        model.zero_grad()
+        loss = model(ids(2, 33), ids(2, 33, seed=2))
+        loss.backward()
+        found.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
+        model.compile()
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
 def test_compiled_decoding_is_eager_decoding():
     """The compiled way has products of its own for one token; two rows take a library's."""
     torch.manual_seed(0)
