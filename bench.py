@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,8 +272,8 @@ def in_turn(repeats, **competitors):
     figures = {name: {} for name in competitors}
     for _ in range(repeats):
         for name, (function, *arguments) in competitors.items():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                result = pool.apply(function, arguments)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                result = process.submit(function, *arguments).result()
             for figure, value in result.items():
                 figures[name].setdefault(figure, []).append(value)
     return figures
