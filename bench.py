@@ -251,12 +251,11 @@ def measure_startup(who, folder):
     command |= {"imports": ["-c", "import train"], "torch": ["-c", "import torch"]}
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, "-u", *command[who]], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if " | loss " in line:
-                break
+        told = any(" | loss " in line for line in process.stdout)  # or its output's end
         seconds = time.perf_counter() - start
-        if who == "ours":
-            process.kill()
+        process.kill()
+    if who == "ours" and not told:
+        sys.exit("error: train.py did not get to an iteration: run python prepare_data.py first")
     return dict(seconds=seconds)
 
 
