@@ -107,7 +107,7 @@ def measure_training(who, matmul, B, T, steps, checkpoint_blocks=False, device="
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return dict(tok_per_s=B * T / seconds_of(step, steps, device=device), memory=peak_memory(device))
+    return dict(tok_per_s=B * T / seconds_of(step, steps, warmup=3, device=device), memory=peak_memory(device))
 
 
 def measure_products(matmul, N, device="cpu"):

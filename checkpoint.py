@@ -51,6 +51,7 @@ def write_checkpoint(path, checkpoint):
     """Write beside `path`, flush to the disk, rename over it: at every moment a whole checkpoint is there."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
+    torch.serialization.set_crc32_options(False)  # sums that torch.load does not check: as long again as the writing
     try:
         with open(unfinished, "wb") as file:
             torch.save(checkpoint, file)
