@@ -21,7 +21,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoint import read_checkpoint, write_checkpoint
 from configurator import configure
-from train import TrainConfig, get_lr, train
+from train import TrainConfig, get_lr, saved_settings, train
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,9 @@ class Run:
 
 def go_on(out_dir, max_iters):
     """train.py, from out_dir/ckpt.pt to max_iters, with a look at the optimizer before its first update."""
-    saved = read_checkpoint(out_dir / "ckpt.pt", mmap=True)["config"]
-    config = TrainConfig(**{name: saved.get(name, value) for name, value in vars(TrainConfig()).items()})
-    config = replace(config, init_from="resume", out_dir=str(out_dir), max_iters=max_iters, log_interval=1)
-    config = replace(config, eval_interval=10**9, eval_iters=1, sample_interval=0)
+    flags = ["--init_from=resume", f"--out_dir={out_dir}", f"--max_iters={max_iters}", "--log_interval=1"]
+    flags += ["--eval_interval=1000000000", "--eval_iters=1", "--sample_interval=0"]
+    config = configure(TrainConfig, flags, saved=saved_settings)
     found = {}
 
     def look(optimizer, *_):
@@ -134,7 +133,7 @@ def main(config):
         shutil.copyfile(Path(folder) / "resumed" / "ckpt.pt", save)
         resumed = go_on(Path(folder) / "resumed", end)
 
-        settings = TrainConfig(**{n: v for n, v in resumed.checkpoint["config"].items() if n in vars(TrainConfig())})
+        settings = TrainConfig(**resumed.checkpoint["config"])
         state = first.checkpoint["optimizer"]["state"]
         print(f"{'':<43} {'in the file':<26} {'at the first update':<26}")
         in_file = dict(weights=checksum(weights(first.checkpoint)))
