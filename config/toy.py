@@ -9,8 +9,7 @@ max_position_embeddings = 128  # what it is trained on; longer samples slide a w
 
 max_iters = 5000
 learning_rate = 6e-4
-beta2 = 0.99  # 256 tokens say little about a gradient's size: average over more iterations
-min_lr = 3e-5
+min_lr = 6e-5
 warmup_iters = 200
 lr_decay_iters = 5000
 
