@@ -197,9 +197,12 @@ class SmolLM2(nn.Module):
         self.checkpoint_blocks = False  # keep a block's input alone for backward, and run the block again there
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
-        for p in self.parameters():
-            if p.dim() == 2:  # the norms start at one and stay there
-                nn.init.normal_(p, mean=0.0, std=config.initializer_range)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # the norms are ones already
+                # What a block adds to the stream begins small, as in nanotron's training of the release and in GPT-2.
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = (2 * config.num_hidden_layers) ** -0.5 if adds else 1.0
+                nn.init.normal_(p, mean=0.0, std=config.initializer_range * scale)
 
     def hidden(self, idx, caches=None):
         """
