@@ -198,11 +198,10 @@ class SmolLM2(nn.Module):
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the norms are ones already
-                # What a block adds to the stream begins small, as in nanotron's training of the release and in GPT-2.
-                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = (2 * config.num_hidden_layers) ** -0.5 if adds else 1.0
-                nn.init.normal_(p, mean=0.0, std=config.initializer_range * scale)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(p)  # a block adds nothing at first, and learns what to add: LOG.md has what that saves
+            elif p.dim() == 2:  # the norms are ones already
+                nn.init.normal_(p, mean=0.0, std=config.initializer_range)
 
     def hidden(self, idx, caches=None):
         """
@@ -333,7 +332,7 @@ class CrossEntropy(torch.autograd.Function):
     the softmax and the sums are fp32.
     """
 
-    CHUNK = 1_024  # tokens in a product: 100 MB of logits in bf16, 200 in fp32
+    CHUNK = 512  # tokens in a product: 50 MB of logits in bf16, 100 in fp32
     ROWS = 32  # tokens in a softmax: 6 MB in fp32, which stay in the cache from pass to pass
 
     @staticmethod
@@ -358,6 +357,7 @@ class CrossEntropy(torch.autograd.Function):
                 dx[i : i + len(h)] = logits @ w
                 dw_chunk = logits.T @ h  # (V, C)
                 dw = dw_chunk.to(head.dtype) if dw is None else dw.add_(dw_chunk)
+            logits = rows = log_probs = dw_chunk = None  # gone before the next chunk's are made
         if with_grad:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)

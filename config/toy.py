@@ -8,8 +8,8 @@ block_size = 128
 max_position_embeddings = 128  # what it is trained on; longer samples slide a window of it
 
 max_iters = 5000
-learning_rate = 4e-4
-min_lr = 2e-5
+learning_rate = 6e-4
+min_lr = 3e-5
 warmup_iters = 200
 lr_decay_iters = 5000
 
