@@ -197,10 +197,8 @@ class SmolLM2(nn.Module):
         self.checkpoint_blocks = False  # keep a block's input alone for backward, and run the block again there
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
-        for name, p in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.zeros_(p)  # a block adds nothing at first, and learns what to add: LOG.md has what that saves
-            elif p.dim() == 2:  # the norms are ones already
+        for p in self.parameters():
+            if p.dim() == 2:  # the norms start at one and stay there
                 nn.init.normal_(p, mean=0.0, std=config.initializer_range)
 
     def hidden(self, idx, caches=None):

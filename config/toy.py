@@ -9,7 +9,7 @@ max_position_embeddings = 128  # what it is trained on; longer samples slide a w
 
 max_iters = 5000
 learning_rate = 6e-4
-min_lr = 3e-5
+min_lr = 6e-5
 warmup_iters = 200
 lr_decay_iters = 5000
 
