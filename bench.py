@@ -34,7 +34,7 @@ from configurator import configure, reject
 from machine import autocast, keep_memory, peak_memory, pick_matmul
 from model import ModelConfig, SmolLM2
 from official import tokenizer_json, wheel_gguf
-from tokenizer import encode, load_tokenizer
+from tokenizer import encode_array, load_tokenizer
 
 ROWS = ("train", "decode", "prefill", "tokenize", "checkpoint", "startup")
 PARAMETERS = 134_515_008
@@ -191,7 +191,7 @@ def measure_tokenizing(who, megabytes):
 
         def run():
             with ThreadPoolExecutor(threads) as pool:
-                for batch in pool.map(lambda i: [encode(encoding, d) for d in documents[i : i + 64]], batches):
+                for batch in pool.map(lambda i: [encode_array(encoding, d) for d in documents[i : i + 64]], batches):
                     len(batch)
 
         batches = range(0, len(documents), 64)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from configurator import configure, reject
 from official import TOKENIZER_SHA256, first_line, hub_problem, tokenizer_json
-from tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, load_tokenizer
+from tokenizer import END_OF_TEXT, VOCAB_SIZE, encode_array, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -338,9 +338,9 @@ def encode_batch(encoding, batch):
     encoded = {}
     for split in {split for split, _ in batch}:
         texts = [text for s, text in batch if s == split]
-        ids = [id for text in texts for id in ([END_OF_TEXT] if text is None else encode(encoding, text))]
+        ids = [[END_OF_TEXT] if text is None else encode_array(encoding, text) for text in texts]
         size = sum(len(text.encode()) for text in texts if text is not None)
-        encoded[split] = np.array(ids, dtype="<u2").tobytes(), texts.count(None), size
+        encoded[split] = np.concatenate(ids).astype("<u2").tobytes(), texts.count(None), size
     return encoded
 
 
