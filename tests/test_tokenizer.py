@@ -121,6 +121,11 @@ def test_bytes_without_a_token_are_dropped(encoding, hf_tokenizer, hf_ids):
     assert encode(encoding, "") == encode(encoding, "\x04") == []
 
 
+def test_half_a_surrogate_pair_is_a_question_mark(encoding, hf_ids):
+    """As an argument that is not UTF-8 holds it; tokenizers takes no such string."""
+    assert [encode(encoding, "caf\udce9 1")] == hf_ids(["caf? 1"])
+
+
 def test_names_of_special_tokens_are_text(encoding, hf_default_ids):
     text = "one<|endoftext|>two<|im_start|>user\n<filename>a.py<|im_end|>"
     ids = encode(encoding, text)
