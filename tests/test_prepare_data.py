@@ -497,6 +497,7 @@ def test_ctrl_c(place, monkeypatch, capsys, there_before):
     if there_before:
         prepare(f"--dataset={path}", "--max_documents=30")
     before = snapshot("data")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def cut_short(file):
         signal.raise_signal(signal.SIGINT)
@@ -504,6 +505,7 @@ def test_ctrl_c(place, monkeypatch, capsys, there_before):
 
     monkeypatch.setattr(prepare_data, "cut", cut_short)
     code, said = failure(capsys, f"--dataset={path}")
+    signal.signal(signal.SIGINT, handler)
     assert code == 130 and "interrupted" in said and said.count("\n") == 1
     assert snapshot("data") == before and Path("data/in").exists() == there_before
 
