@@ -1,9 +1,9 @@
 # The whole of SmolLM2-135M, trained from scratch on a toy corpus: all 134,515,008 parameters, on a laptop.
 #
-# 2 sequences x 128 tokens = 256 tokens an iteration; 5,000 iterations = 1.28 M tokens, less than half of
-# the default corpus. A real run of this network saw 2,000,000,000,000: this one shows the machinery.
+# 3 sequences x 128 tokens = 384 tokens an iteration; 5,000 iterations = 1.92 M tokens, less than two thirds
+# of the default corpus. A real run of this network saw 2,000,000,000,000: this one shows the machinery.
 
-batch_size = 2
+batch_size = 3
 block_size = 128
 max_position_embeddings = 128  # what it is trained on; longer samples slide a window of it
 
@@ -14,7 +14,7 @@ warmup_iters = 200
 lr_decay_iters = 5000
 
 eval_interval = 500
-eval_iters = 40  # 40 x 256 tokens of val.bin
+eval_iters = 40  # 40 x 384 tokens of val.bin
 log_interval = 10
 
 sample_interval = 500
