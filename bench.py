@@ -377,7 +377,7 @@ def main(config):
     table, quick = Table(), config.quick
     repeats, steps, new = (1, 1, 32) if quick else (config.repeats, 2, 128)
     if "train" in rows:
-        shapes = [(4, 256), (8, 256), (1, 2_048), (2, 128)]  # the last is config/toy.py's
+        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last is config/toy.py's
         bench_training(table, matmul, repeats, steps, shapes[:1] if quick else shapes)
     if "decode" in rows:
         shapes = [(1, 16, matmul), (8, 16, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])

@@ -30,6 +30,8 @@ def configure(cls, argv=None, saved=None):
            lay above the defaults, beneath config file and flags: train.py reads its checkpoint so.
     Returns an instance of `cls`. Exits with code 2 on a setting that does not exist or fit.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # where output is not UTF-8, a ✓ or a sampled character must not end a run
+        sys.stdout.reconfigure(errors="replace")
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
         tyro.cli(cls, args=["--help"], **TYRO)  # prints, then exits with code 0

@@ -8,12 +8,14 @@ A checkpoint goes in; a Hugging Face folder comes out, which transformers, vLLM,
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoint import checkpoint_model, read_checkpoint
@@ -54,8 +56,11 @@ def main(config):
         (unfinished / "tokenizer.json").write_bytes(content)
         (unfinished / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
         os.replace(unfinished, folder)
-    except OSError as error:
-        sys.exit(f"error: {folder} could not be written ({error.strerror or error})")
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {folder} could not be written ({reason}): free some disk, or give another with --to=")
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # there only if it is still unfinished
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.dtype}, {size / 1e6:,.0f} MB")
     print(f'to load: transformers.AutoModelForCausalLM.from_pretrained("{folder}"), or sample.py --official={folder}')

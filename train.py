@@ -466,6 +466,9 @@ def train(config):
 def main(config):
     try:
         sys.exit(train(config))
+    except OSError as error:  # of the log, the plot or their folder; a checkpoint tells its own
+        where = error.filename or config.out_dir
+        sys.exit(f"error: {where}: {error.strerror or error}: free some disk, or give another --out_dir")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

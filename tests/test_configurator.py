@@ -1,5 +1,7 @@
 """configurator.py: which setting wins, and what a wrong one gets."""
 
+import os
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,6 +187,14 @@ def test_help_lists_every_setting(argv, capsys, monkeypatch):
 def test_argv_is_the_command_line_by_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--max_iters=8"])
     assert configure(Config).max_iters == 8
+
+
+def test_output_that_is_not_utf8_does_not_end_a_run():
+    """As on Windows, when it goes to a file."""
+    script = "from train import TrainConfig, configure; configure(TrainConfig, []); print('✓', 'é')"
+    env = dict(os.environ, PYTHONIOENCODING="latin-1", PYTHONPATH=str(Path(train.__file__).parent))
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True)
+    assert (result.returncode, result.stdout.split()) == (0, [b"?", b"\xe9"]), result.stderr
 
 
 def test_differences():

@@ -1,5 +1,7 @@
 """export.py: what transformers makes of the folder is the network that the checkpoint holds."""
 
+import resource
+
 import pytest
 import torch
 import transformers
@@ -69,3 +71,14 @@ def test_an_export_is_not_overwritten(trained):
     (trained[1].parent / "export").mkdir()
     with pytest.raises(SystemExit, match="^error: .*export is there already: move it away"):
         export.main(ExportConfig(ckpt=str(trained[1])))
+
+
+def test_a_full_disk(trained):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # the file system's own error, without filling a disk
+    try:
+        with pytest.raises(SystemExit, match=r"^error: .*export could not be written \(.*: free some disk"):
+            export.main(ExportConfig(ckpt=str(trained[1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in trained[1].parent.iterdir()] == ["ckpt.pt"]

@@ -450,6 +450,10 @@ ERRORS = {
         r"at iteration 4: a/ckpt.pt is untouched; lower learning_rate"),
     "hostile checkpoint": (
         ["--init_from=resume", "--out_dir=a"], lambda: torch.save(Bomb(), "a/ckpt.pt"), r"not a whole checkpoint"),
+    "a file for a folder": (["--out_dir=data/text/meta.json"], None, r"data/text/meta.json: File exists: .*--out_dir"),
+    "a log on a full disk": (
+        ["--init_from=resume", "--out_dir=a", "--max_iters=5"], lambda: os.symlink("/dev/full", "a/log.csv.tmp"),
+        r"a: No space left on device: free some disk"),
     "no such device": (["--device=cuda:7"], None, r"device cuda:7 cannot be used"),
     "no such release": (["--init_from=instuct"], None, r"did you mean instruct"),
 }  # fmt: skip
