@@ -1,7 +1,7 @@
 """
 The checkpoint test: a checkpoint goes in; does a run that was stopped and resumed go on as if it had not been?
 
-    python resume_test.py                       # of out/ckpt.pt: about six minutes for toy.py's network on two cores
+    python resume_test.py                       # of out/ckpt.pt: about seven minutes for toy.py's network on two cores
     python resume_test.py --out_dir=out/nano    # of config/nano.py's: under a minute
 
 In a folder of its own, train.py goes on from the checkpoint four times, and the checkpoint stays as it was:
@@ -135,7 +135,7 @@ def main(config):
 
         settings = TrainConfig(**resumed.checkpoint["config"])
         state = first.checkpoint["optimizer"]["state"]
-        print(f"{'':<43} {'in the file':<26} {'at the first update':<26}")
+        print(f"{'':<43} {'in the file':<26} at the first update")
         in_file = dict(weights=checksum(weights(first.checkpoint)))
         for name in ("exp_avg", "exp_avg_sq"):
             in_file[name] = checksum(s[name] for s in state.values())
@@ -148,14 +148,14 @@ def main(config):
         steps = {int(s["step"]) for s in state.values()}
         row(steps == resumed.found["step"], "AdamW's step counter", *(str(*s) for s in (steps, resumed.found["step"])))
 
-        print(f"\n{'':<43} {f'iteration {stop:,}':<26} {f'iteration {stop + 1:,}':<26}")
+        print(f"\n{'':<43} {f'iteration {stop:,}':<26} iteration {stop + 1:,}")
         counted = first.checkpoint["iter_num"] == stop and min(i for i in resumed.rows if i > stop) == stop + 1
         row(counted, "step counter", "saved", "the next one done")
         lrs = [float(resumed.rows[i]["lr"]) for i in (stop, stop + 1)]
         expected = [get_lr(settings, i) for i in (stop - 1, stop)]
         row(lrs == expected, "learning rate, as get_lr has it", *(f"{lr:.6e}" for lr in lrs))
 
-        print(f"\n{'':<43} {f'the {config.iters} before':<26} {f'the {config.iters} after':<26}")
+        print(f"\n{'':<43} {f'the {config.iters} before':<26} the {config.iters} after")
         before, after = resumed.losses(start + 1, stop), resumed.losses(stop + 1, end)
         error = sum(statistics.variance(x) / len(x) for x in (before, after)) ** 0.5
         jump = statistics.mean(after) - statistics.mean(before)
@@ -163,7 +163,7 @@ def main(config):
         same = straight.losses(stop + 1, end) == after
         row(same, "the same losses without a stop", "", f"{'all' if same else 'not all'} {config.iters}")
 
-        print(f"\n{'':<43} {'numbers that differ':<26}")
+        print(f"\n{'':<43} numbers that differ")
         for name, part in (("weights", weights), ("moments", moments)):
             differing, places = count_differing(part(straight.checkpoint), part(resumed.checkpoint))
             row(differing == 0, f"{name} at {end:,}, straight and resumed", f"{differing:,} of {places:,}")
