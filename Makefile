@@ -38,6 +38,7 @@ verify: setup
 	$(PY) verify.py
 
 bench: setup
+	$(PY) prepare_data.py
 	$(PY) bench.py
 
 toy: setup

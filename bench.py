@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from batches import open_data
 from checkpoint import read_checkpoint, write_checkpoint
 from configurator import configure, reject
 from machine import autocast, keep_memory, peak_memory, pick_matmul
@@ -255,7 +256,7 @@ def measure_startup(who, folder):
         seconds = time.perf_counter() - start
         process.kill()
     if who == "ours" and not told:
-        sys.exit("error: train.py did not get to an iteration: run python prepare_data.py first")
+        sys.exit("error: train.py did not get to an iteration: run python train.py to see why")
     return dict(seconds=seconds)
 
 
@@ -371,6 +372,8 @@ def main(config):
             reject(f"--rows={config.rows}: there is no {row}; name some of {','.join(ROWS)}")
     if not has("transformers"):
         sys.exit("error: transformers is what we are measured beside: pip install -r requirements-dev.txt")
+    if "startup" in rows:
+        open_data("python", ModelConfig().vocab_size, 256)  # what train.py will read: missed now, not after an hour
     matmul, fp32 = pick_matmul(config.dtype, "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
     cpu, threads = processor(), torch.get_num_threads()
     print(f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}")

@@ -44,3 +44,11 @@ def test_a_row_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(BenchConfig(rows="train,speed"))
     assert stop.value.code == 2 and "there is no speed; name some of train,decode" in capsys.readouterr().err
+
+
+def test_missing_data_is_told_before_an_hour_of_measuring(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(BenchConfig(rows="train,startup"))
+    assert "meta.json does not exist: run python prepare_data.py" in str(stop.value.code)
+    assert "train_b4" not in capsys.readouterr().out
