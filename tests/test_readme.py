@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_files():
 
 def test_parameter_table_is_as_printed():
     assert parameter_table(PRESETS["135M"]) in README
+
+
+SHOWN = re.findall(r"`((?:awk|cat|grep) [^`]*assets/[^`]*)`[^`]*\n```\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("command, output", SHOWN)
+def test_the_two_runs_are_as_printed(command, output):
+    """What README shows of assets/ is what its command prints."""
+    printed = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.rstrip() for line in output.splitlines()] == [line.rstrip() for line in printed.splitlines()]
+
+
+def test_all_of_the_two_runs_is_shown():
+    assert len(SHOWN) == 4
 
 
 def test_every_config_file_is_one(monkeypatch):
