@@ -1,7 +1,7 @@
-# make          set up, prepare text, train a small SmolLM2, resume it, sample from it: about six minutes
+# make          set up, prepare text, train a small SmolLM2, resume it, sample from it: three to six minutes
 # make test     lint and every test
 # make verify   architecture discovery, then model.py against the official weights
-# make bench    speed and memory beside transformers and this machine's limit: an hour
+# make bench    speed and memory beside transformers and this machine's limit: half an hour to an hour
 # make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
 
 PYTHON ?= python3

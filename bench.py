@@ -1,7 +1,7 @@
 """
 How fast, and beside what: ours, transformers as it comes, transformers tuned alike, llama.cpp, the machine's limit.
 
-    python bench.py                          # every row: about an hour on 2 cores
+    python bench.py                          # every row: half an hour to an hour on 2 cores
     python bench.py --quick                  # two or three minutes: one turn each, and the short rows alone
     python bench.py --rows=train,tokenize    # some of them
 
