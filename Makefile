@@ -1,14 +1,14 @@
-# make          set up, prepare text, train a small SmolLM2, resume it, sample from it: three to six minutes
+# make          set up, prepare text, verify, train a small SmolLM2, resume it, sample from it: three to eight minutes
 # make test     lint and every test
-# make verify   architecture discovery, then model.py against the official weights
+# make verify   discover the architecture, then hold model.py against the official weights
 # make bench    speed and memory beside transformers and this machine's limit: half an hour to an hour
 # make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-# Threads that wait do so awake for microseconds only, then sleep: as fast as spinning on an idle machine, and on one
-# that does something else besides many times faster (1.6 s an iteration in place of 3.3 or more, one core of two taken).
+# Waiting threads spin only briefly, then sleep: as fast as spinning on an idle machine, and much faster on a busy one
+# (1.6 s per iteration instead of 3.3 or more, with one core of two taken by another program).
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: all setup test verify bench toy
@@ -31,7 +31,7 @@ setup: .venv/done
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=2
 
 verify: setup
 	$(PY) discover.py

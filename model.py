@@ -1,16 +1,16 @@
 """
 The whole network: SmolLM2, a Llama-style decoder. Token ids go in, logits or a loss come out.
 
-    from model import ModelConfig, SmolLM2
     model = SmolLM2(ModelConfig())         # the shape of SmolLM2-135M, random weights
     logits = model(idx)                    # (B, T) -> (B, T, V)
     loss = model(idx, targets)             # mean cross-entropy in nats per token
-    for ids in model.generate(idx, 100):   # one (B,) of new ids at a time
+    for ids in model.generate(idx, 100):   # one (B,) tensor of new ids at a time
 
-Module names are those of the release, so its state dict loads with strict=True and no key map.
+`python model.py` prints the parameter table. Modules are named as in the release, so its state dict loads with
+strict=True and no key map.
 
-Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value heads, D head
-dimension, V vocabulary, S positions held in the cache.
+Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value heads, D head dimension,
+V vocabulary, S positions held in the KV cache.
 """
 
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The release's own names for its numbers. The defaults are SmolLM2-135M."""
+    """The network, under the release's own names. The defaults are SmolLM2-135M."""
 
-    vocab_size: int = 49_152
-    hidden_size: int = 576
-    intermediate_size: int = 1_536
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    head_dim: int = 64
-    max_position_embeddings: int = 8_192
-    rope_theta: float = 100_000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 1 / 24
+    vocab_size: int = 49_152  # tokens
+    hidden_size: int = 576  # width of the residual stream
+    intermediate_size: int = 1_536  # width of the MLP
+    num_hidden_layers: int = 30  # blocks
+    num_attention_heads: int = 9  # query heads
+    num_key_value_heads: int = 3  # key/value heads; each is shared by as many query heads
+    head_dim: int = 64  # width of a head
+    max_position_embeddings: int = 8_192  # the context: the longest sequence the network can read
+    rope_theta: float = 100_000.0  # base of the rotary frequencies
+    rms_norm_eps: float = 1e-5  # added under the root of RMSNorm
+    initializer_range: float = 1 / 24  # standard deviation of the initial weights
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -44,7 +44,7 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
 
 
 PRESETS = {
@@ -59,26 +59,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-def product(x, weight):
-    """x (..., C) @ weight.T, weight (N, C) -> (..., N)."""
-    if x.numel() == x.shape[-1] and torch.compiler.is_compiling():
-        # One token: the compiler makes of this a single pass over the weights, as fast as memory gives them.
-        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-class Linear(nn.Linear):
-    """A matrix and no bias."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x):
-        return product(x, self.weight)
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension; statistics in fp32 whatever comes in."""
+    """x / rms(x) * weight over the last dimension, with the statistics in fp32."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -91,6 +73,16 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """x @ weight.T, without a bias."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 def rope_tables(config, length):
     """cos and sin of position * theta^(-2i/D), each (length, D/2) in fp32."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim  # (D/2,)
@@ -100,27 +92,26 @@ def rope_tables(config, length):
 
 def rotate(x, cos, sin):
     """
-    RoPE on x (B, H, T, D) with tables (T, D/2). The pairs are (i, i + D/2): the "half-split" layout of
-    the release. The other convention, pairs (2i, 2i + 1), is a different network with the same shapes.
+    RoPE: rotate x (B, H, T, D) by its positions, with tables (T, D/2). The pairs are (i, i + D/2), the
+    "half-split" layout of the release. The other convention, pairs (2i, 2i + 1), is a different network with
+    the same shapes.
     """
-    x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each; the tables stay fp32, so the turn does too
+    x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each, in fp32 like the tables
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 def attend(q, k, v):
     """
     Causal attention: softmax(q k^T / sqrt(D)) v, with q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
-    Query head h reads key/value head h // (H/K). T is S, or 1: a lone query is the newest position.
+    Query head h uses key/value head h // (H/K). T is S, or T is 1 and the query is the newest position.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T > 512:  # long: without the (T, T) scores; up to here the formula itself is faster
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if T == 1 and torch.compiler.is_compiling():  # one pass again, without a library's products
-        q = q.reshape(B, K, H // K, 1, D).float() * D**-0.5
-        weights = (q * k[:, :, None].float()).sum(-1).softmax(-1)  # (B, K, H/K, S)
-        return (weights[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype).view(B, H, 1, D)
-    q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the queries of a group, one after another
+    if T > 512:
+        return attend_long(q, k, v)
+    if T == 1 and torch.compiler.is_compiling():
+        return attend_one(q, k, v)
+    q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the query heads of a group, one after another
     scores = (q @ k.transpose(-2, -1)).float().view(B, K, H // K, T, S)
     if T > 1:
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
@@ -192,21 +183,22 @@ class SmolLM2(nn.Module):
                 norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             )
         )
-        # The head is tied: logits are read off with embed_tokens.weight itself, so there is no lm_head.
+        # The head is tied: logits = x @ embed_tokens.weight.T, so there is no lm_head.
+        self.activation_checkpointing = False  # True: store only each block's input, recompute the rest in backward
         cos, sin = rope_tables(config, config.max_position_embeddings)
-        self.checkpoint_blocks = False  # keep a block's input alone for backward, and run the block again there
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
+        # Every matrix starts with the same std, as in the published recipe. GPT-2 scales o_proj and down_proj down by
+        # sqrt(2 * layers); here that made no difference to the loss (LOG.md).
         for p in self.parameters():
-            if p.dim() == 2:  # the norms start at one and stay there
+            if p.dim() == 2:  # the norms keep their initial weight of one
                 nn.init.normal_(p, mean=0.0, std=config.initializer_range)
 
     def hidden(self, idx, caches=None):
         """
         Token ids (B, T) -> final hidden states (B, T, C), after the last norm.
 
-        caches  one KVCache a layer: positions count on from what they hold, and T must be 1 unless
-                they are empty.
+        caches  one KVCache per layer. Positions continue from what they hold, and T must be 1 unless they are empty.
         """
         past = caches[0].length if caches else 0
         T = idx.shape[1]
@@ -220,11 +212,15 @@ class SmolLM2(nn.Module):
         cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D/2)
         x = self.model.embed_tokens(idx)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin, caches[i] if caches else None)
         return self.model.norm(x)
+
+    def head(self, x):
+        """Hidden states (..., C) -> logits (..., V)."""
+        return linear(x, self.model.embed_tokens.weight)
 
     def forward(self, idx, targets=None):
         """
@@ -236,12 +232,8 @@ class SmolLM2(nn.Module):
             return self.head(x)
         return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten())
 
-    def head(self, x):
-        """Hidden states (..., C) -> logits (..., V)."""
-        return product(x, self.model.embed_tokens.weight)
-
     def compile(self):
-        """torch.compile, in place, a block at a time: one block's code serves all, in seconds rather than minutes."""
+        """torch.compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes."""
         for block in self.model.layers:
             block.compile()
         self.head = torch.compile(self.head)
@@ -251,11 +243,11 @@ class SmolLM2(nn.Module):
         """
         Continue idx (B, T) by up to max_new_tokens, yielding one (B,) tensor of new ids at a time.
 
-        temperature  0 is greedy: the likeliest token, always
+        temperature  0 is greedy: always the likeliest token
         top_k        keep the k likeliest tokens
-        top_p        keep the fewest likeliest tokens whose probabilities reach p
-        stop_ids     end once every row has produced one of these; a row that has goes on repeating it
-        generator    torch.Generator to draw from, so that sampling disturbs no other stream
+        top_p        keep the fewest likeliest tokens whose probabilities add up to p
+        stop_ids     end once every row has produced one of these; a row that has repeats it until then
+        generator    torch.Generator to draw from, so that sampling disturbs no other random numbers
 
         When the context (max_position_embeddings) is full, the older half is forgotten.
         Raises ValueError when idx itself is longer than the context.
@@ -264,22 +256,22 @@ class SmolLM2(nn.Module):
         size = min(context, idx.shape[1] + max_new_tokens)
         caches = [KVCache(size) for _ in self.model.layers]
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        fresh = idx  # what the network has not read yet
+        unread = idx  # what the network has not read yet
         for _ in range(max_new_tokens):
             if caches[0].length == context:  # full: read the newer half again, from position 0
-                fresh = idx[:, -(context - context // 2) :]
+                unread = idx[:, -(context - context // 2) :]
                 caches = [KVCache(context) for _ in caches]
-            x = self.hidden(fresh, caches)[:, -1]  # (B, C)
+            x = self.hidden(unread, caches)[:, -1]  # (B, C)
             logits = self.head(x).float()  # (B, V)
-            new = pick(logits, temperature, top_k, top_p, generator)  # (B,)
+            new = sample_ids(logits, temperature, top_k, top_p, generator)  # (B,)
             new = torch.where(stopped, idx[:, -1], new)
             yield new
             for stop_id in stop_ids:
                 stopped |= new == stop_id
             if stopped.all():
                 return
-            fresh = new[:, None]
-            idx = torch.cat((idx, fresh), dim=1)
+            unread = new[:, None]
+            idx = torch.cat((idx, unread), dim=1)
 
 
 class KVCache:
@@ -299,63 +291,109 @@ class KVCache:
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """One id a row from logits (B, V): (B,)."""
+def sample_ids(logits, temperature, top_k, top_p, generator):
+    """Draw one id per row of logits (B, V): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(sampling_probs(logits / temperature, top_k, top_p), 1, generator=generator).squeeze(1)
 
 
 def sampling_probs(logits, top_k, top_p):
-    """What each id is drawn by, from logits (B, V): softmax, and 0 where top_k or top_p leaves an id out."""
+    """Sampling probabilities from logits (B, V): the softmax, with 0 for ids that top_k or top_p leaves out."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
     if top_p is not None:
         sorted_probs, order = probs.sort(-1, descending=True)
-        before = sorted_probs.cumsum(-1) - sorted_probs  # what the likelier tokens hold already
-        out = (before >= top_p) & (before > 0)  # the likeliest stays, whatever p
+        before = sorted_probs.cumsum(-1) - sorted_probs  # the sum of all likelier tokens
+        out = (before >= top_p) & (before > 0)  # the likeliest token always stays
         probs = probs.scatter(-1, order, sorted_probs.masked_fill(out, 0.0))
     return probs
 
 
-class CrossEntropy(torch.autograd.Function):
-    """
-    Mean cross-entropy of hidden states x (N, C) read off with head (V, C), against targets (N,).
+def parameter_table(config):
+    """Account for every parameter, as lines of text, counted from the network's own tensors."""
+    with torch.device("meta"):  # shapes without memory
+        network = SmolLM2(config)
+    embed_tokens, layers, norm = network.model.values()
+    rows = [("embed_tokens (the head as well)", embed_tokens), ("one block", layers[0])]
+    for part, module in layers[0].named_children():
+        rows += [(f"  {part}", module), *((f"    {name}", matrix) for name, matrix in module.named_children())]
+    rows += [(f"all {len(layers)} blocks", layers), ("norm", norm), ("total", network)]
+    lines = []
+    for name, module in rows:
+        shape = " x ".join(f"{n:,}" for n in module.weight.shape) if hasattr(module, "weight") else ""
+        count = sum(p.numel() for p in module.parameters())
+        lines.append(f"{name:<32}{shape:>16}{count:>15,}")
+    return "\n".join(lines) + f"   fp32 {4 * count / 1e6:,.0f} MB, bf16 {2 * count / 1e6:,.0f} MB"
 
-    Equal to F.cross_entropy(F.linear(x, head), targets), but a chunk of tokens at a time, each chunk's
-    gradients made while its logits are at hand: at V = 49,152 the logits of 16,384 tokens would be
-    3.2 GB, and their gradient as much again. Products are taken in autocast's dtype where that is on;
-    the softmax and the sums are fp32.
+
+# ---------------------------------------------------------------------------------------------
+# The same, faster. Nothing below changes what the network computes, only how long it takes.
+
+
+def linear(x, weight):
+    """x (..., C) @ weight.T, weight (N, C) -> (..., N)."""
+    if x.numel() == x.shape[-1] and torch.compiler.is_compiling():
+        # Memory-bound at one token: as multiply-and-sum, inductor reads the weights once, at full bandwidth.
+        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+def attend_long(q, k, v):
+    """Flash attention: attend() without storing the (T, T) scores. Faster only for long sequences."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def attend_one(q, k, v):
+    """attend() for one query, as multiply-and-sum: inductor fuses it into one pass over the KV cache."""
+    B, H, _, D = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, K, H // K, 1, D).float() * D**-0.5
+    weights = (q * k[:, :, None].float()).sum(-1).softmax(-1)  # (B, K, H/K, S)
+    return (weights[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype).view(B, H, 1, D)
+
+
+def cross_entropy(x, head, targets):
+    """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,)."""
+    return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    F.cross_entropy(F.linear(x, head), targets) without ever holding all logits: forward goes chunk by chunk and
+    computes each chunk's gradients while its logits are there. At V = 49,152 the logits of 16,384 tokens are
+    3.2 GB in fp32, and their gradient as much again. Matrix products use autocast's dtype, the softmax and the sums
+    fp32.
     """
 
-    CHUNK = 512  # tokens in a product: 50 MB of logits in bf16, 100 in fp32
-    ROWS = 32  # tokens in a softmax: 6 MB in fp32, which stay in the cache from pass to pass
+    CHUNK = 512  # tokens per matrix product: 50 MB of logits in bf16, 100 in fp32
+    ROWS = 32  # tokens per softmax: 6 MB in fp32, so that its several passes find the rows still in the CPU's cache
 
     @staticmethod
     def forward(ctx, x, head, targets, with_grad):
-        device = x.device.type
+        device, CHUNK, ROWS = x.device.type, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.ROWS
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = head.to(dtype)
         loss = torch.zeros((), device=x.device)
         dx, dw = torch.empty_like(x), None
-        for i in range(0, len(x), CrossEntropy.CHUNK):
-            h = x[i : i + CrossEntropy.CHUNK].to(dtype)  # (n, C)
+        for i in range(0, len(x), CHUNK):
+            h = x[i : i + CHUNK].to(dtype)  # (n, C)
             logits = F.linear(h, w)  # (n, V)
             t_chunk = targets[i : i + len(h), None]  # (n, 1)
-            for rows, t in zip(logits.split(CrossEntropy.ROWS), t_chunk.split(CrossEntropy.ROWS), strict=True):
+            for rows, t in zip(logits.split(ROWS), t_chunk.split(ROWS), strict=True):
                 log_probs = rows.float().log_softmax(-1)
                 at_target = log_probs.gather(1, t)
                 loss -= at_target.sum()
                 if with_grad:
-                    # logits make way for d loss / d logits = softmax - one-hot of the target; 1/N waits for backward
+                    # d loss / d logits = softmax - one-hot(target), in the place of the logits; backward divides by N
                     rows.copy_(log_probs.exp_().scatter_(1, t, at_target.exp() - 1))
             if with_grad:
                 dx[i : i + len(h)] = logits @ w
                 dw_chunk = logits.T @ h  # (V, C)
                 dw = dw_chunk.to(head.dtype) if dw is None else dw.add_(dw_chunk)
-            logits = rows = log_probs = dw_chunk = None  # gone before the next chunk's are made
+            logits = rows = log_probs = dw_chunk = None  # freed before the next chunk
         if with_grad:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)
@@ -364,37 +402,8 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         scale = grad / len(dx)
-        return dx.mul_(scale), dw.mul_(scale), None, None  # in place: a second backward raises, as it should
+        return dx.mul_(scale), dw.mul_(scale), None, None  # in place, so a second backward raises, as it should
 
 
-def cross_entropy(x, head, targets):
-    """x (N, C), head (V, C), targets (N,) -> mean cross-entropy in nats, a scalar."""
-    return CrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
-
-
-def parameter_table(config):
-    """Every parameter accounted for, as lines of text; counted from the network's own tensors."""
-    with torch.device("meta"):  # shapes without memory
-        model = SmolLM2(config)
-
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
-    def line(name, shape, n):
-        return f"{name:<32}{shape:>16}{n:>15,}"
-
-    def matrix(p):
-        return " x ".join(f"{n:,}" for n in p.shape)
-
-    net, block = model.model, model.model.layers[0]
-    lines = [line("embed_tokens (the head as well)", matrix(net.embed_tokens.weight), count(net.embed_tokens))]
-    lines.append(line("one block", "", count(block)))
-    for part, module in block.named_children():
-        lines.append(line(f"  {part}", "" if part in ("self_attn", "mlp") else matrix(module.weight), count(module)))
-        for name, p in module.named_children():
-            lines.append(line(f"    {name}", matrix(p.weight), count(p)))
-    lines.append(line(f"all {len(net.layers)} blocks", "", count(net.layers)))
-    lines.append(line("norm", matrix(net.norm.weight), count(net.norm)))
-    total = count(model)
-    lines.append(line("total", "", total) + f"   fp32 {4 * total / 1e6:,.0f} MB, bf16 {2 * total / 1e6:,.0f} MB")
-    return "\n".join(lines)
+if __name__ == "__main__":
+    print(parameter_table(ModelConfig()))

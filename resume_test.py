@@ -1,17 +1,19 @@
 """
-The checkpoint test: a checkpoint goes in; does a run that was stopped and resumed go on as if it had not been?
+The checkpoint test: is a run that was stopped and resumed, to the bit, the run that never stopped?
 
-    python resume_test.py                       # of out/ckpt.pt: about seven minutes for toy.py's network on two cores
-    python resume_test.py --out_dir=out/nano    # of config/nano.py's: under a minute
+    python resume_test.py                       # from out/ckpt.pt: seven minutes or more for config/toy.py's
+    python resume_test.py --out_dir=out/nano    # config/nano.py's: under a minute
+    python resume_test.py --iters=10            # shorter
 
-In a folder of its own, train.py goes on from the checkpoint four times, and the checkpoint stays as it was:
+train.py continues from the checkpoint several times, in a folder of its own; the checkpoint is not changed:
 
     straight    100 iterations
-    resumed     50, a save, the end; then, from that save, 50 more
-    controls    those 50 more again, once without AdamW's moments, once with the scheduler at its beginning
+    resumed     50 iterations and a save; then 50 more from that save
+    controls    the last 50 again, once without AdamW's moments, once with the scheduler reset
 
-What is in the file, what the resumed optimizer holds when its first update is due, and where both ways end must be
-the same to the bit. The controls must not: a test that cannot fail proves nothing.
+Three things must be equal to the bit: the saved file and the state of the optimizer just before its first resumed
+update; the losses of both ways; the weights and moments at the end. The controls must differ, because a test that
+cannot fail proves nothing.
 """
 
 import contextlib
@@ -27,8 +29,8 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from checkpoint import read_checkpoint, write_checkpoint
 from configurator import configure
+from lib.checkpoint import read_checkpoint, write_checkpoint
 from train import TrainConfig, get_lr, saved_settings, train
 
 
@@ -36,12 +38,12 @@ from train import TrainConfig, get_lr, saved_settings, train
 class ResumeTestConfig:
     """Stop and resume training from a checkpoint, and compare with not having stopped."""
 
-    out_dir: str = "out"  # whose ckpt.pt to go on from; it is not changed
-    iters: int = 50  # iterations before the stop, and after it
+    out_dir: str = "out"  # continue from this folder's ckpt.pt, which is not changed
+    iters: int = 50  # iterations before the stop, and again after it
 
 
 def checksum(tensors):
-    """One number for the bits of all tensors: their 32-bit words, added up, in hexadecimal."""
+    """The sum of all 32-bit words of the tensors, in hexadecimal: any changed bit changes it."""
     total = sum(
         tensor.detach().cpu().contiguous().view(torch.int32).sum(dtype=torch.int64).item() for tensor in tensors
     )
@@ -65,7 +67,7 @@ def moments(checkpoint):
 
 @dataclass
 class Run:
-    """What train.py did: its checkpoint, its log by iteration, and what its optimizer held at the first update."""
+    """One run of train.py: its checkpoint, its log by iteration, the optimizer's state before the first update."""
 
     checkpoint: dict
     rows: dict
@@ -75,10 +77,10 @@ class Run:
         return [float(self.rows[i]["loss"]) for i in range(first, last + 1)]
 
 
-def go_on(out_dir, max_iters):
-    """train.py, from out_dir/ckpt.pt to max_iters, with a look at the optimizer before its first update."""
+def continue_run(out_dir, max_iters):
+    """Run train.py from out_dir/ckpt.pt to max_iters, and record the optimizer's state before its first update."""
     flags = ["--init_from=resume", f"--out_dir={out_dir}", f"--max_iters={max_iters}", "--log_interval=1"]
-    flags += ["--eval_interval=1000000000", "--eval_iters=1", "--sample_interval=0"]
+    flags += ["--eval_interval=1000000000", "--eval_iters=1", "--sample_interval=0", "--save_best=False"]
     config = configure(TrainConfig, flags, saved=saved_settings)
     found = {}
 
@@ -111,11 +113,11 @@ def main(config):
     source = Path(config.out_dir) / "ckpt.pt"
     start = read_checkpoint(source, mmap=True)["iter_num"]
     stop, end = start + config.iters, start + 2 * config.iters
-    failed = 0
+    passed = failed = 0
 
     def row(ok, name, *measured):
-        nonlocal failed
-        failed += not ok
+        nonlocal passed, failed
+        passed, failed = passed + ok, failed + (not ok)
         print(f"{'✓' if ok else '✗'}  {name:<40}" + "".join(f" {m:<26}" for m in measured).rstrip(), flush=True)
 
     with tempfile.TemporaryDirectory(dir=config.out_dir, prefix="resume_test.") as folder:
@@ -127,11 +129,11 @@ def main(config):
             return out_dir
 
         print(f"{source}: iteration {start:,}; straight to {end:,}, and with a stop at {stop:,}\n", flush=True)
-        straight = go_on(folder_with("straight", source), end)
-        first = go_on(folder_with("resumed", source), stop)
+        straight = continue_run(folder_with("straight", source), end)
+        first = continue_run(folder_with("resumed", source), stop)
         save = Path(folder) / "save.pt"
         shutil.copyfile(Path(folder) / "resumed" / "ckpt.pt", save)
-        resumed = go_on(Path(folder) / "resumed", end)
+        resumed = continue_run(Path(folder) / "resumed", end)
 
         settings = TrainConfig(**resumed.checkpoint["config"])
         state = first.checkpoint["optimizer"]["state"]
@@ -173,24 +175,24 @@ def main(config):
                 for name in ("step", "exp_avg", "exp_avg_sq"):
                     s[name].zero_()
 
-        def scheduler_at_its_beginning(checkpoint):
+        def with_the_scheduler_reset(checkpoint):
             checkpoint["scheduler"]["last_epoch"] = 0
 
-        print(f"\n{'controls, which must differ':<43} {'weights that differ':<26} {'loss, less the straight'}")
-        for control in (without_moments, scheduler_at_its_beginning):
+        print(f"\n{'controls, which must differ':<43} {'weights that differ':<26} {'loss above the straight run'}")
+        for control in (without_moments, with_the_scheduler_reset):
             checkpoint = read_checkpoint(save)
             control(checkpoint)
             out_dir = Path(folder) / control.__name__
             out_dir.mkdir()
             write_checkpoint(out_dir / "ckpt.pt", checkpoint)
-            run = go_on(out_dir, end)
+            run = continue_run(out_dir, end)
             differing, places = count_differing(weights(straight.checkpoint), weights(run.checkpoint))
             gaps = [x - y for x, y in zip(run.losses(stop + 1, end), after, strict=True)]
             name = control.__name__.replace("_", " ")
             row(differing > places / 2 and any(gaps), name, f"{100 * differing / places:.0f}%", mean_and_error(gaps))
             shutil.rmtree(out_dir)
 
-    print(f"\n{'resume_test: all as it must be' if not failed else f'resume_test: {failed} ✗'}")
+    print(f"\nresume_test: {passed} ✓, {failed} ✗")
     sys.exit(1 if failed else 0)
 
 

@@ -2,17 +2,15 @@
 Train the network: data/<dataset>/{train,val}.bin go in; out/ckpt.pt, out/log.csv and out/loss.png come out.
 
     python train.py config/toy.py                           # from scratch; Ctrl-C saves and stops
-    python train.py --init_from=resume --max_iters=5050     # go on from out/ckpt.pt, to the bit
-    torchrun --standalone --nproc_per_node=2 train.py       # the same batch, shared by 2 processes
+    python train.py --init_from=resume --max_iters=5050     # continue from out/ckpt.pt, to the bit
+    torchrun --standalone --nproc_per_node=2 train.py       # the same batches, shared by 2 processes
 
 Settings: the defaults below < checkpoint (on resume) < config file < --flags.
 """
 
-import csv
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -26,74 +24,75 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from batches import get_blocks, mix, open_data
-from checkpoint import checkpoint_model, read_checkpoint, write_checkpoint
 from configurator import configure, differences
-from machine import autocast, keep_memory, peak_memory, pick_device, pick_matmul, try_compiling
+from lib.batches import get_blocks, mix
+from lib.checkpoint import keep_earlier_run, read_checkpoint, write_checkpoint
+from lib.dataset import open_data
+from lib.errors import one_line_errors
+from lib.files import owned_folder
+from lib.log import closing, open_log, opening, plot_log
+from lib.machine import autocast, keep_memory, pick_matmul, try_compiling
+from lib.processes import end_processes, note_signals, start_processes
+from lib.tokenizer import END_OF_TEXT, encode, load_tokenizer
+from lib.weights import check_shapes, checkpoint_config, find_weights, load_network
 from model import ModelConfig, SmolLM2
-from official import describe, find_release, load_model
-from tokenizer import encode, load_tokenizer
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ModelConfig):
     """Train SmolLM2. Give a config file, flags, or both: python train.py config/nano.py --max_iters=100"""
 
-    # where from, where to
+    # input and output; the network's own settings are ModelConfig's
     out_dir: str = "out"  # ckpt.pt, log.csv and loss.png go here
     dataset: str = "python"  # reads data/<dataset>/, as prepare_data.py wrote it
-    init_from: str = "scratch"  # scratch, resume, or weights alone: a release's name, a folder, .gguf or ckpt.pt
-    # the network: SmolLM2-135M, under the release's names
-    vocab_size: int = 49_152  # tokens
-    hidden_size: int = 576  # width of the residual stream
-    intermediate_size: int = 1_536  # width of the MLP
-    num_hidden_layers: int = 30  # blocks
-    num_attention_heads: int = 9  # query heads
-    num_key_value_heads: int = 3  # key/value heads, each read by as many query heads
-    head_dim: int = 64  # width of a head
-    max_position_embeddings: int = 8_192  # the context: longest sequence the network will ever read
-    rope_theta: float = 100_000.0  # base of the rotary frequencies
-    rms_norm_eps: float = 1e-5  # added under the root of RMSNorm
-    initializer_range: float = 1 / 24  # standard deviation of the initial weights
-    # the batch: batch_size * gradient_accumulation_steps sequences of block_size tokens an iteration
-    batch_size: int = 4  # sequences at once in a process: as many as memory holds
-    block_size: int = 256  # tokens in a sequence
-    gradient_accumulation_steps: int = 1  # such batches summed into one update
+    init_from: str = "scratch"  # scratch, resume, or weights alone: a release's name, a folder, a .gguf, a ckpt.pt
+    # batch: batch_size * gradient_accumulation_steps sequences of block_size tokens per iteration
+    batch_size: int = 4  # sequences at once in one process: as many as fit in memory
+    block_size: int = 256  # tokens per sequence
+    gradient_accumulation_steps: int = 1  # micro-batches summed into one update
     # AdamW
-    max_iters: int = 5_000  # updates in all, those before a resume included
-    learning_rate: float = 3e-4  # at its highest
+    max_iters: int = 5_000  # updates in all, including those before a resume
+    learning_rate: float = 3e-4  # the highest, after warmup
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.95  # decay of the second moment
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 leaves it alone
-    # the learning rate's way: up, and down again
+    grad_clip: float = 1.0  # clip the gradient's norm to this; 0 for no clipping
+    # learning-rate schedule
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warmup, stable, then linear decay
-    warmup_iters: int = 200  # linear from 0 up to learning_rate
-    lr_decay_iters: int = 5_000  # min_lr from here on; its own setting, so more max_iters do not bend the curve
+    warmup_iters: int = 200  # linear warmup from 0 to learning_rate
+    lr_decay_iters: int = 5_000  # min_lr from here on; a setting of its own, so max_iters does not bend the curve
     min_lr: float = 3e-5  # a tenth of learning_rate is usual
-    wsd_decay_iters: int = 500  # wsd alone: length of the decay, which ends at lr_decay_iters
-    # what is looked at, and how often
-    log_interval: int = 10  # iterations between lines of the log
+    wsd_decay_iters: int = 500  # wsd only: length of the decay, which ends at lr_decay_iters
+    # logging, evaluation, sampling
+    log_interval: int = 10  # iterations between log lines
     eval_interval: int = 500  # iterations between checkpoints, each followed by an evaluation
-    eval_iters: int = 40  # batches of val.bin in an evaluation, always the same ones
+    eval_iters: int = 40  # batches of val.bin per evaluation, always the same ones
+    save_best: bool = False  # keep the weights with the lowest val loss in best.pt, for runs that overfit
     sample_interval: int = 500  # iterations between samples of text; 0 for none
-    sample_prompt: str = "The"  # what they begin with
+    sample_prompt: str = "The"  # how they begin
     sample_tokens: int = 64  # how long they are
     # the machine
     seed: int = 1337  # of the initial weights, the order of the data, the samples
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay fp32; auto measures
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay fp32; auto measures
     float32_matmul_precision: Literal["auto", "highest", "medium"] = "auto"  # torch's; on a CPU: MKL or oneDNN
     compile: bool = False  # torch.compile each block: slower to start, faster to run
-    checkpoint_blocks: bool = False  # keep a block's input alone for backward, and run it again: memory for time
+    activation_checkpointing: bool = False  # store only each block's input, recompute the rest in backward
 
-
-# ---------------------------------------------------------------------------------------------
-# The learning rate, the settings saved, the log, the plot
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "batch_size block_size gradient_accumulation_steps log_interval eval_interval eval_iters".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.block_size > self.max_position_embeddings:
+            raise ValueError(
+                f"block_size {self.block_size} is longer than the context: "
+                f"raise max_position_embeddings ({self.max_position_embeddings}), or lower block_size"
+            )
 
 
 def get_lr(config, iter_num):
-    """Learning rate of the update that follows iter_num updates; nothing but the settings goes in."""
+    """Learning rate of the update that follows iter_num updates: a pure function, so a resume needs no state."""
     if iter_num < config.warmup_iters:
         return config.learning_rate * (iter_num + 1) / config.warmup_iters
     if config.schedule == "cosine":
@@ -107,194 +106,102 @@ def get_lr(config, iter_num):
 
 
 def saved_settings(config):
-    """For configure(): on resume, the settings in out_dir's checkpoint."""
-    if config.init_from != "resume":
+    """For configure(): a resume takes all settings from its checkpoint, other weights bring their network's."""
+    if config.init_from == "scratch":
         return {}
+    if config.init_from != "resume":
+        return asdict(find_weights(config.init_from).config)
     known = {field.name for field in fields(TrainConfig)}
     saved = read_checkpoint(Path(config.out_dir) / "ckpt.pt", mmap=True)["config"]
     return {name: value for name, value in saved.items() if name in known} | {"out_dir": config.out_dir}
 
 
-COLUMNS = ["iter", "loss", "lr", "grad_norm", "val_loss", "ms", "tok_per_s"]
-
-
-def open_log(path, iter_num):
-    """
-    log.csv, open for more rows. Of what is there, only what the checkpoint at iter_num had seen stays:
-    not the rows of later iterations, nor the evaluation that follows the save. Those come again.
-    """
-    kept = [COLUMNS]
-    if iter_num > 0 and path.exists():
-        for row in csv.reader(path.read_text().splitlines()[1:]):
-            whole = len(row) == len(COLUMNS) and row[0].isdigit()
-            if whole and int(row[0]) <= iter_num and not (int(row[0]) == iter_num and row[4]):
-                kept.append(row)
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", newline="") as file:
-        csv.writer(file).writerows(kept)
-    os.replace(unfinished, path)
-    return open(path, "a", newline="")
-
-
-def plot_log(log_path, path):
-    """loss.png: training and validation loss by iteration, from log.csv."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(log_path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for column, label, style in (("loss", "train (one batch)", "-"), ("val_loss", "val", "o-")):
-        points = [(int(row["iter"]), float(row[column])) for row in rows if row[column]]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.set(xlabel="iteration", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    unfinished = path.with_name("unfinished." + path.name)
-    figure.savefig(unfinished, dpi=120)
-    plt.close(figure)
-    os.replace(unfinished, path)
-
-
-def summary(log_path, resumed_at):
-    """What log.csv tells of a run, as lines: where the loss went, and whether it jumped at the resume."""
-    with open(log_path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    val = [(row["iter"], float(row["val_loss"])) for row in rows if row["val_loss"]]
-    lines = [f"val loss    {loss:.4f} at iteration {iter_num}" for iter_num, loss in (val[0], val[-1])] if val else []
-    if resumed_at is not None:
-        losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row["loss"]]
-        before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
-        after = [loss for iter_num, loss in losses if iter_num > resumed_at][:5]
-        for when, some in (("before", before), ("after", after)):
-            if len(some) > 1:
-                mean, error = statistics.mean(some), statistics.stdev(some) / len(some) ** 0.5
-                numbers = " ".join(f"{loss:.4f}" for loss in some)
-                lines.append(
-                    f"resume      train loss {when}: {numbers}, mean {mean:.2f} +- {error:.2f} (standard error)"
-                )
-    return [*lines, f"files       {', '.join(str(log_path.with_name(n)) for n in ('ckpt.pt', 'log.csv', 'loss.png'))}"]
-
-
-def settle(config, device, world_size):
-    """`config` with what depends on the machine resolved; ends the program if a setting cannot be."""
-    for name in (
-        "batch_size",
-        "block_size",
-        "gradient_accumulation_steps",
-        "log_interval",
-        "eval_interval",
-        "eval_iters",
-    ):
-        if getattr(config, name) < 1:
-            sys.exit(f"error: {name} is {getattr(config, name)}: it must be at least 1")
+def resolve(config, device, world_size):
+    """The settings with "auto" resolved by measuring, once, so that a resume computes the same way."""
     sequences = config.batch_size * config.gradient_accumulation_steps
     if sequences % world_size:
-        sys.exit(f"error: batch_size x gradient_accumulation_steps is {sequences}, not to be shared by {world_size}")
+        sys.exit(
+            f"error: batch_size x gradient_accumulation_steps is {sequences}, not divisible by {world_size} processes"
+        )
     matmul = [pick_matmul(config.dtype, config.float32_matmul_precision, device)]
     if world_size > 1:
-        dist.broadcast_object_list(matmul)  # two processes may measure two things
+        dist.broadcast_object_list(matmul)  # two processes may measure different things
     device = device.split(":")[0] if config.device == "auto" else config.device
     return replace(config, device=device, dtype=matmul[0][0], float32_matmul_precision=matmul[0][1])
 
 
-def load_weights(init_from, say):
-    """SmolLM2 from a ckpt.pt or from any --official= source: its weights alone, for a new run."""
-    if init_from.endswith(".pt"):
-        return checkpoint_model(read_checkpoint(init_from))
-    release = find_release(init_from)
-    say(describe(release))
-    return load_model(release)
+def build_state(config, device, source):
+    """(model, optimizer, scheduler) at iteration 0, with random weights or those of a Source."""
+    torch.manual_seed(config.seed)
+    model = load_network(source, config) if source else SmolLM2(config)
+    model.to(device)
+    model.activation_checkpointing = config.activation_checkpointing
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() != 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=norms, weight_decay=0.0)]
+    # lr=1.0 here, because the scheduler multiplies it by get_lr
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iter_num: get_lr(config, iter_num))
+    return model, optimizer, scheduler
 
 
-# ---------------------------------------------------------------------------------------------
+def load_state(checkpoint, config, model, optimizer, scheduler):
+    """Put a checkpoint's state into model, optimizer and scheduler."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["scheduler"])
+    # the optimizer brought its saved settings along; those given by flag or config file win
+    for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+        lr = get_lr(config, checkpoint["iter_num"])
+        group.update(weight_decay=decay, betas=(config.beta1, config.beta2), lr=lr)
 
 
 def train(config):
-    # ---- Processes: one, or as many as torchrun started. Rank 0 speaks and writes.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size > 1:
-        dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=30))
+    # ---- Processes: one, or as many as torchrun started. Rank 0 prints and writes.
+    rank, world_size, device = start_processes(config.device)
     bar = tqdm(total=config.max_iters, disable=True if rank else None, unit="it", dynamic_ncols=True)
 
-    def say(*lines):
-        if rank == 0:
-            for line in lines:
-                bar.write(str(line))
-            sys.stdout.flush()
+    say = bar.write if rank == 0 else lambda text: None
 
-    # ---- Settings: those that depend on the machine are settled here, once, and stored as found.
-    out_dir = Path(config.out_dir)
-    ckpt_path, log_path = out_dir / "ckpt.pt", out_dir / "log.csv"
-    resume = read_checkpoint(ckpt_path) if config.init_from == "resume" else None
-    if resume:
-        if resume["iter_num"] >= config.max_iters:
-            say(
-                f"{ckpt_path} is at iteration {resume['iter_num']}, and max_iters is {config.max_iters}: nothing to do."
-            )
-            say(f"For more: --init_from=resume --max_iters={resume['iter_num'] + 50}")
-            return 0
-        config = replace(config, init_from=resume["config"]["init_from"])  # how the run began stays on record
-    config = settle(config, device, world_size)
+    # ---- Settings and data
+    config = resolve(config, device, world_size)
     torch.set_float32_matmul_precision(config.float32_matmul_precision)
     keep_memory()
-    sequences = config.batch_size * config.gradient_accumulation_steps  # an iteration, in all processes together
-    tokens = sequences * config.block_size
     train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size)
     data_sha256 = {split: meta[split]["sha256"] for split in ("train", "val")}
+    tokenizer = dict(official=meta.get("tokenizer", "base"), sha256=meta.get("tokenizer_sha256"))
+    out_dir = Path(config.out_dir)
+    ckpt_path, log_path = out_dir / "ckpt.pt", out_dir / "log.csv"
 
-    # ---- The state: model, optimizer, scheduler, iter_num, best_val_loss. All that a run is, is in here.
-    torch.manual_seed(config.seed)
-    shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
-    if config.init_from == "scratch" or resume:
-        try:
-            model = SmolLM2(ModelConfig(**shape))
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-    else:
-        model = load_weights(config.init_from, say)
-        config = replace(config, **asdict(model.config))
-    if config.block_size > config.max_position_embeddings:
-        sys.exit(
-            f"error: block_size {config.block_size} is longer than the context: "
-            f"raise max_position_embeddings ({config.max_position_embeddings}), or lower block_size"
-        )
-    model.to(device)
-    model.checkpoint_blocks = config.checkpoint_blocks
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    # The rate itself comes from the scheduler: its factor of 1.0 is the learning rate.
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iter_num: get_lr(config, iter_num))
+    # ---- State: model, optimizer, scheduler, iter_num, best_val_loss. This is all that a run is.
     iter_num, best_val_loss, resumed_at = 0, math.inf, None
-
-    if resume:
-        for name in shape:
-            if resume["config"][name] != shape[name] and name not in ("max_position_embeddings", "initializer_range"):
-                sys.exit(f"error: {name} is {shape[name]}, but {ckpt_path} was trained with {resume['config'][name]}")
-        if resume["data"] != data_sha256:
+    if config.init_from == "resume":
+        checkpoint = read_checkpoint(ckpt_path)
+        saved, iter_num, best_val_loss = (checkpoint[key] for key in ("config", "iter_num", "best_val_loss"))
+        check_shapes(config, checkpoint_config(ckpt_path, checkpoint), ckpt_path)
+        if checkpoint["data"] != data_sha256:
             sys.exit(
                 f"error: data/{config.dataset} is not what {ckpt_path} was trained on: "
-                f"prepare {resume['config']['dataset']} again, or begin anew with --init_from={ckpt_path}"
+                f"prepare {saved['dataset']} again, or start a new run with --init_from={ckpt_path}"
             )
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        scheduler.load_state_dict(resume["scheduler"])
-        iter_num, best_val_loss = resume["iter_num"], resume["best_val_loss"]
+        config = replace(config, init_from=saved["init_from"])  # keep on record how the run began
+        model, optimizer, scheduler = build_state(config, device, source=None)
+        load_state(checkpoint, config, model, optimizer, scheduler)
         resumed_at = iter_num
-        # A setting changed by flag or file holds from here on, rather than the one that was saved.
-        for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
-            group.update(weight_decay=decay, betas=(config.beta1, config.beta2), lr=get_lr(config, iter_num))
-        changed = differences(resume["config"], asdict(config))
-        say(f"resuming at iteration {iter_num + 1}, from {ckpt_path}", *(f"    {line}" for line in changed))
-        del resume
+        if iter_num < config.max_iters:
+            say(f"resuming at iteration {iter_num + 1}, from {ckpt_path}")
+        else:
+            say(f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat")
+            say(f"for more: python train.py --init_from=resume --out_dir={out_dir} --max_iters={iter_num + 50}")
+        for line in differences(saved, asdict(config)):
+            say(f"    {line}")
+        del checkpoint  # a second set of weights and moments need not stay in memory
+    else:
+        source = None if config.init_from == "scratch" else find_weights(config.init_from)
+        say(source.about if source else f"a new network, from seed {config.seed}")
+        model, optimizer, scheduler = build_state(config, device, source)
 
-    # ---- What computes: autocast for the matrix products, compiled blocks, one copy a process.
+    # ---- Computation: autocast for the matrix products, compiled blocks, one copy of the network per process
     def try_step():
         x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
         with autocast(device, config.dtype):
@@ -304,15 +211,13 @@ def train(config):
 
     if config.compile:
         config = replace(config, compile=try_compiling(model, try_step, say))
-    network = model
-    if world_size > 1:
-        network = DistributedDataParallel(model, forward_sync_buffers=False)
+    network = DistributedDataParallel(model, forward_sync_buffers=False) if world_size > 1 else model
 
     def get_batch(data, split_number, first, count):
         x, y = get_blocks(data, first, count, config.block_size, mix(config.seed, split_number))
-        if "cuda" in device:
-            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-        return x.to(device), y.to(device)
+        if "cuda" in device:  # from pinned memory, the copy runs while the GPU computes
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate():
@@ -327,96 +232,72 @@ def train(config):
         return total.item() / config.eval_iters
 
     def sample():
-        """A text that begins with sample_prompt, drawn with a generator of its own."""
-        ids = encode(tokenizer, config.sample_prompt)
-        idx = torch.tensor([ids], device=device)
+        """A text that begins with sample_prompt, from a generator of its own, so that sampling changes nothing."""
+        ids = encode(encoding, config.sample_prompt) or [END_OF_TEXT]
         generator = torch.Generator(device).manual_seed(mix(config.seed, iter_num) >> 1)
         with autocast(device, config.dtype), torch.compiler.set_stance("force_eager"):
+            idx = torch.tensor([ids], device=device)
             new = model.generate(idx, config.sample_tokens, temperature=0.8, top_k=50, generator=generator)
-            return tokenizer.decode(ids + [i.item() for i in new])
+            return encoding.decode(ids + [i.item() for i in new])
 
-    def save():
-        if rank == 0:
-            checkpoint = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-            checkpoint |= dict(scheduler=scheduler.state_dict(), iter_num=iter_num, best_val_loss=best_val_loss)
-            write_checkpoint(ckpt_path, checkpoint | dict(config=asdict(config), data=data_sha256))
+    def save(name, **state):
+        checkpoint = dict(model=model.state_dict(), iter_num=iter_num, best_val_loss=best_val_loss)
+        checkpoint |= dict(config=asdict(config), data=data_sha256, tokenizer=tokenizer)
+        write_checkpoint(out_dir / name, checkpoint | state)
 
-    def log_row(**values):
-        if rank == 0:
-            csv.DictWriter(log, COLUMNS).writerow(dict(iter=iter_num) | values)
-            log.flush()
-
-    # ---- Ctrl-C and SIGTERM are noted, and heeded when the iteration is whole. A second one kills.
-    stop_signal = 0
-
-    def note_signal(number, _):
-        nonlocal stop_signal
-        stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note_signal)
-
-    # ---- Before the first line of the log: what is about to happen.
-    tokenizer = load_tokenizer() if config.sample_interval and rank == 0 else None
+    # ---- The log, and before its first line: what is about to happen
+    stop_signals = note_signals()  # Ctrl-C and SIGTERM stop the run after the current iteration, with a save
+    sequences = config.batch_size * config.gradient_accumulation_steps  # per iteration, in all processes together
+    tokens = sequences * config.block_size
     if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if iter_num == 0 and ckpt_path.exists():  # a finished run is not lost to a repeated command
-            for path in (ckpt_path, log_path):
-                if path.exists():
-                    os.replace(path, path.with_stem(path.stem + ".previous"))
-            say(f"{ckpt_path} of an earlier run is kept as {out_dir / 'ckpt.previous.pt'}")
-        log = open_log(log_path, iter_num)
-    parameters = sum(p.numel() for p in model.parameters())
-    epochs = tokens * config.max_iters / meta["train"]["tokens"]
-    next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
-    say(
-        f"network     {parameters:,} parameters, {config.num_hidden_layers} blocks of {config.hidden_size}",
-        f"data        {config.dataset}: {meta['train']['tokens']:,} tokens to train on, {meta['val']['tokens']:,} to "
-        "evaluate",
-        f"iteration   {sequences} sequences x {config.block_size} = {tokens:,} tokens; {config.max_iters:,} iterations "
-        f"= {epochs:.2f} epochs",
-        f"machine     {config.device} x {world_size}, {torch.get_num_threads()} threads, {config.dtype} "
-        f"(fp32 products: {config.float32_matmul_precision}), {'compiled' if config.compile else 'eager'}",
-        f"checkpoint  {ckpt_path} at iteration {next_save}, then every {config.eval_interval}, at the last one, and "
-        "on Ctrl-C",
-    )
+        encoding = load_tokenizer(**tokenizer) if config.sample_interval else None
+        if iter_num == 0:
+            keep_earlier_run(out_dir, say)
+        log, sync_log = open_log(log_path, iter_num)
+    say(opening(config, meta, model, iter_num, world_size))
 
     # ---- The loop
     bar.n = iter_num
     seconds, last_logged = 0.0, iter_num
     while True:
+        # evaluate on val.bin, and keep the best weights if asked to
         done = iter_num >= config.max_iters
         if iter_num % config.eval_interval == 0 or done:
             val_loss = evaluate()
-            best = " (best so far)" if val_loss < best_val_loss else ""
-            best_val_loss = min(val_loss, best_val_loss)
+            best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
-            say(f"iter {iter_num:6d} | val loss {val_loss:.4f} nats/token = {bits:.4f} bits/byte{best}")
-            log_row(val_loss=val_loss)
+            note = " (best so far)" if best else ""
+            say(f"iter {iter_num:6d} | val loss {val_loss:.4f} nats/token = {bits:.4f} bits/byte{note}")
             if rank == 0:
+                log(iter=iter_num, val_loss=val_loss)
                 plot_log(log_path, out_dir / "loss.png")
+                if best and config.save_best:
+                    save("best.pt")
         if rank == 0 and config.sample_interval and (iter_num % config.sample_interval == 0 or done):
             say(f"iter {iter_num:6d} | sample: {sample()}")
         if done:
             break
 
+        # this process's slice of the batch: a pure function of iter_num, so nothing is skipped or read twice
         start = time.perf_counter()
-        count = sequences // world_size  # this process's share of the batch
+        count = sequences // world_size
         x, y = get_batch(train_data, 0, iter_num * sequences + rank * count, count)
+        # forward and backward, one micro-batch at a time, as many as add up to the batch
         loss = torch.zeros((), device=device)
         for i in range(0, count, config.batch_size):
             share = min(config.batch_size, count - i) / count
             last = i + config.batch_size >= count
-            # gradients travel between processes once an iteration, with the last backward
+            # processes exchange gradients only once per iteration, during the last backward
             with nullcontext() if world_size == 1 or last else network.no_sync():
                 with autocast(device, config.dtype):
                     part = network(x[i : i + config.batch_size], y[i : i + config.batch_size]) * share
                 part.backward()
             loss += part.detach()
+        # clip the gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        told = torch.stack((loss, loss.new_tensor(float(stop_signal > 0))))
-        if world_size > 1:  # all processes must agree on the loss, and on whether this iteration is the last
+        # all processes must agree on the loss, and on whether this iteration is the last
+        told = torch.stack((loss, loss.new_tensor(float(len(stop_signals)))))
+        if world_size > 1:
             dist.all_reduce(told)
         loss, stopping = told[0].item() / world_size, told[1].item() > 0
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -425,6 +306,7 @@ def train(config):
                 f"error: loss {loss} and gradient norm {grad_norm:.4g} at iteration {iter_num + 1}: {kept}; "
                 "lower learning_rate, or raise warmup_iters"
             )
+        # update the weights, then the learning rate for the next update
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -432,6 +314,7 @@ def train(config):
         iter_num += 1
         seconds += time.perf_counter() - start
 
+        # log
         bar.update()
         if iter_num % config.log_interval == 0 or iter_num == config.max_iters or stopping:
             ms, tok_per_s = 1e3 * seconds / (iter_num - last_logged), tokens * (iter_num - last_logged) / seconds
@@ -440,42 +323,42 @@ def train(config):
                 f"iter {iter_num:6d} | loss {loss:7.4f} | lr {lr:.3e} | norm {grad_norm:7.4f} | {ms:7.1f} ms | "
                 f"{tok_per_s:7,.0f} tok/s | eta {eta}"
             )
-            if iter_num % config.log_interval == 0:
-                log_row(loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=round(ms, 1), tok_per_s=round(tok_per_s))
+            if rank == 0 and iter_num % config.log_interval == 0:
+                row = dict(loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=round(ms, 1), tok_per_s=round(tok_per_s))
+                log(iter=iter_num, **row)
             seconds, last_logged = 0.0, iter_num
-        if iter_num % config.eval_interval == 0 or iter_num == config.max_iters or stopping:
-            save()  # before the evaluation, which may fail for want of memory
+
+        # save before evaluating, because an evaluation may run out of memory
+        if rank == 0 and (iter_num % config.eval_interval == 0 or iter_num == config.max_iters or stopping):
+            sync_log()
+            save("ckpt.pt", optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
         if stopping:
             break
+
+    # ---- The end
     bar.close()
     if rank == 0:
-        say(f"parameters  {parameters:,}", f"memory      {peak_memory(device):.2f} GB at most")
-        say(*summary(log_path, resumed_at))
-    if world_size > 1:
-        dist.barrier()  # none leaves while another still writes
-        dist.destroy_process_group()
+        say(closing(out_dir, model, device, resumed_at))
+    end_processes(world_size)
     if done:
         return 0
-    say(
-        f"stopped by {signal.Signals(stop_signal or signal.SIGTERM).name}: iteration {iter_num} is in {ckpt_path}; "
-        f"to go on: python train.py --init_from=resume --out_dir={config.out_dir}"
-    )
-    return 128 + (stop_signal or signal.SIGTERM)
+    number = stop_signals[0] if stop_signals else signal.SIGTERM  # another process may have received it
+    say(f"stopped by {signal.Signals(number).name}: iteration {iter_num} is in {ckpt_path}")
+    say(f"to continue: python train.py --init_from=resume --out_dir={config.out_dir}")
+    return 128 + number
 
 
 def main(config):
-    try:
+    for_memory = (
+        f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps "
+        f"({config.gradient_accumulation_steps}) as much, or lower block_size ({config.block_size})"
+    )
+    writes = os.environ.get("RANK", "0") == "0"
+    with (
+        one_line_errors(config.out_dir, for_memory),
+        owned_folder(config.out_dir, "out_dir") if writes else nullcontext(),
+    ):
         sys.exit(train(config))
-    except OSError as error:  # of the log, the plot or their folder; a checkpoint tells its own
-        where = error.filename or config.out_dir
-        sys.exit(f"error: {where}: {error.strerror or error}: free some disk, or give another --out_dir")
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        sys.exit(
-            f"error: out of memory: lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps "
-            f"({config.gradient_accumulation_steps}) as much, or lower block_size ({config.block_size})"
-        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# A small SmolLM2, the same code and vocabulary, for a first run on a laptop: 7.1 M parameters, of which 6.3 M are
+# A small SmolLM2 for a first run on a laptop, with the same code and vocabulary: 7.1 M parameters, 6.3 M of them in
 # the embedding.
 #
 # 4 sequences x 64 tokens = 256 tokens an iteration; 2,000 iterations = 512,000 tokens, a sixth of the default text.
@@ -11,7 +11,7 @@ num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
-max_position_embeddings = 64  # longer samples slide a window of it
+max_position_embeddings = 64  # longer samples use a sliding window
 
 batch_size = 4
 block_size = 64
@@ -26,4 +26,4 @@ log_interval = 10
 sample_interval = 500
 sample_prompt = "This module"
 
-compile = True  # 70 ms an iteration in place of 95; without a C++ compiler it says so and goes on
+compile = True  # 70 ms per iteration instead of 95; without a C++ compiler it says so and runs eagerly

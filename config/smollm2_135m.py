@@ -1,4 +1,4 @@
-# SmolLM2-135M's published recipe for its first, 2k-context stage, for many GPUs:
+# SmolLM2-135M's published recipe for its first stage, with 2,048 tokens of context, for many GPUs:
 #
 #   torchrun --nnodes=8 --nproc_per_node=8 train.py config/smollm2_135m.py --dataset=...
 #
@@ -11,7 +11,7 @@
 out_dir = "out/smollm2_135m"
 dataset = "smollm2-corpus"
 
-rope_theta = 10_000.0  # of this stage; the release is its continuation at 8,192 tokens, theta 100,000
+rope_theta = 10_000.0  # of this stage; the release continues it with 8,192 tokens and theta 100,000
 max_position_embeddings = 2048
 
 batch_size = 8
@@ -21,7 +21,7 @@ block_size = 2048
 max_iters = 2_000_000
 learning_rate = 3e-3
 min_lr = 0.0
-schedule = "wsd"  # warmup, stable, linear decay to nothing over the last 400,000
+schedule = "wsd"  # warmup, stable, then linear decay to zero over the last 400,000
 warmup_iters = 2000
 lr_decay_iters = 2_000_000
 wsd_decay_iters = 400_000

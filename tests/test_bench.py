@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-from bench import BenchConfig, Table
+from bench import BenchConfig, SpeedTable
 from configurator import configure
 
 
@@ -22,7 +22,7 @@ def test_last_line_is_json_with_ratios(capsys):
 
 
 def test_ratios_are_of_medians(capsys):
-    table = Table()
+    table = SpeedTable()
     table.row("x", "s", "seconds", dict(ours=dict(seconds=[1, 9, 2]), peer=dict(seconds=[4]), limit=dict(seconds=[1])))
     assert table.rows["x"] == dict(
         unit="s", ours=2, peer=4, limit=1, ratio=0.5, share=2.0, spread=dict(ours=[1, 9], peer=[4, 4], limit=[1, 1])
@@ -31,7 +31,7 @@ def test_ratios_are_of_medians(capsys):
 
 def test_ours_and_the_peer_are_the_same_network():
     ours, peer = bench.ours(), bench.peer()
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters()) == bench.PARAMETERS
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters()) == bench.parameters()
     shapes = {name: p.shape for name, p in peer.named_parameters()}
     assert {name: p.shape for name, p in ours.named_parameters()} == shapes
     peer.load_state_dict(ours.state_dict(), strict=False)

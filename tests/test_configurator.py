@@ -94,23 +94,35 @@ def test_a_flag_is_read_as_its_type(flag, setting):
         assert type(getattr(configure(Config, [flag]), key)) is type(setting[key])
 
 
-def test_a_config_file_is_python(config_file):
+def test_a_config_file_is_values_and_arithmetic(config_file):
     text = """
-import math                       # a module, a function, a class and private names are no settings
-from math import sqrt
-from pathlib import Path
-_steps = 100
-def half(n): return n // 2
-max_iters = half(_steps) * 4      # arithmetic is welcome
-learning_rate = 1e-3 / sqrt(4)
+'''A docstring.'''
+max_iters = 25
+max_iters = max_iters * 2 * (3 + 1)   # arithmetic on names above
+learning_rate = 1e-3 / -2 + 3 // 2
 compile = True
 top_k = None
 out_dir = "out/a b"
 dtype = 'float32'
 """
     assert changed(config_file(text)) == {
-        "max_iters": 200, "learning_rate": 5e-4, "compile": True, "out_dir": "out/a b", "dtype": "float32",
+        "max_iters": 200, "learning_rate": 0.9995, "compile": True, "out_dir": "out/a b", "dtype": "float32",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [
+    "import os", "from math import sqrt", "open('exploded', 'w')", "max_iters = len('abc')", "max_iters = unknown",
+    "max_iters = [1][0]", "max_iters += 1", "max_iters, top_k = 1, 2", "max_iters = 2 ** 9", "max_iters: int = 3",
+    "def f(): pass", "if True: max_iters = 3", "max_iters = __import__('os').getpid()", "max_iters = top_k = 3",
+    "max_iters = lambda: 3", "max_iters = f'{open}'", "max_iters = (x := 3)", "max_iters = 'a'.upper()",
+])  # fmt: skip
+def test_nothing_in_a_config_file_is_run(line, config_file, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        configure(Config, [config_file(f"top_k = 1\n{line}\n")])
+    assert stop.value.code == 2
+    one_line(capsys.readouterr(), ["run.py, line 2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.py"]
 
 
 def test_a_switch_needs_no_value():
@@ -123,6 +135,7 @@ def test_a_switch_needs_no_value():
     (["--maxiters=3"], ["command line", "maxiters", "did you mean max_iters?"]),
     (["--learning_rat", "3"], ["did you mean learning_rate?"]),
     (["--zzz=3"], ["zzz", "--help"]),
+    (["--official=base"], ["official", "--help"]),
     (["--max_iters=many"], ["command line", "max_iters=many", "int", "5000"]),
     (["--max_iters=1.5"], ["max_iters=1.5", "int"]),
     (["--max_iters=1\n2"], ["max_iters", "int"]),
@@ -146,11 +159,13 @@ def test_a_wrong_command_gets_one_line_and_exit_code_2(argv, words, capsys):
     ("maxiters = 3\n", ["run.py", "maxiters", "did you mean max_iters?"]),
     ("max_iters = 'many'\n", ["run.py", "max_iters=many", "int"]),
     ("max_iters = 1e3\n", ["run.py", "max_iters=1000.0", "int"]),
-    ("max_iters = [1, 2]\n", ["run.py", "max_iters=[1, 2]", "int"]),
-    ("max_iters = \n", ["run.py", "SyntaxError"]),
-    ("max_iters = 1 / 0\n", ["run.py", "ZeroDivisionError"]),
-    ("import no_such_module\n", ["run.py", "no_such_module"]),
-    ("raise ValueError('two\\nlines')\n", ["run.py", "ValueError"]),
+    ("max_iters = [1, 2]\n", ["run.py, line 1", "[1, 2]", "neither a value nor arithmetic"]),
+    ("\nmax_iters = \n", ["run.py, line 2", "invalid syntax"]),
+    ("max_iters = 1 / 0\n", ["run.py, line 1", "division by zero"]),
+    ("max_iters = 'a' - 1\n", ["run.py, line 1", "unsupported operand"]),
+    ("\0", ["run.py", "null bytes"]),
+    ("max_iters = " + 10_000 * "(" + "1" + 10_000 * ")", ["run.py"]),
+    ("max_iters = " + 5_000 * "-" + "1", ["run.py"]),
 ])  # fmt: skip
 def test_a_wrong_config_file_gets_one_line_and_exit_code_2(text, words, config_file, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -195,6 +210,35 @@ def test_output_that_is_not_utf8_does_not_end_a_run():
     env = dict(os.environ, PYTHONIOENCODING="latin-1", PYTHONPATH=str(Path(train.__file__).parent))
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True)
     assert (result.returncode, result.stdout.split()) == (0, [b"?", b"\xe9"]), result.stderr
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    ("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"), ("n_head", "num_attention_heads"),
+    ("block-size", None), ("always_save_checkpoint", "save_best"), ("checkpoint_blocks", "activation_checkpointing"),
+])  # fmt: skip
+def test_nanogpts_names_are_answered_with_ours(theirs, ours, capsys):
+    if ours is None:  # another spelling of ours
+        assert configure(train.TrainConfig, [f"--{theirs}=64"]).block_size == 64
+        return
+    with pytest.raises(SystemExit):
+        configure(train.TrainConfig, [f"--{theirs}=3"])
+    one_line(capsys.readouterr(), [theirs, f"did you mean {ours}?"])
+
+
+def test_settings_that_contradict_each_other(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(train.TrainConfig, ["--num_attention_heads=3", "--num_key_value_heads=2"])
+    assert stop.value.code == 2
+    one_line(capsys.readouterr(), ["num_attention_heads (3) must be a multiple of num_key_value_heads (2)"])
+
+
+def test_a_networks_settings_have_their_help_texts(capsys, monkeypatch):
+    """TrainConfig inherits them from ModelConfig."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        configure(train.TrainConfig, ["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--hidden_size INT width of the residual stream (default: 576)" in text
 
 
 def test_differences():

@@ -1,6 +1,6 @@
 """
-discover.py: the rivals are the networks that they are named after (transformers is the oracle), the search finds
-the true one, and the real weights give the real architecture. Runs on the real weights read few tokens.
+discover.py: each rival is the network it is named after (transformers is the oracle), the search finds the true
+network, and the real weights give the real architecture. Runs with the real weights read only a few tokens.
 """
 
 import hashlib
@@ -18,10 +18,13 @@ from transformers.models.helium import modeling_helium
 from transformers.models.llama import modeling_llama
 
 import discover
-from discover import DiscoverConfig, Network, Reader, paired
-from official import SHA256, load_state_dict
+from discover import DiscoverConfig, Hypothesis, Reader, paired
+from lib.official import SHA256
+from lib.weights import expected_shapes, release_tensors
+from model import PRESETS
 
 OFFICIAL_CONFIG = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
+SHAPES_135M = discover.read_shapes(expected_shapes(PRESETS["135M"]), "135M")
 
 
 @pytest.fixture
@@ -89,12 +92,13 @@ def gated_by_up(self, x):
     ],
 )
 def test_rival_is_that_network_in_transformers(rival):
-    network = Network(head_dim=16)._replace(**rival)
+    hypothesis = Hypothesis(head_dim=16)._replace(**rival)
     torch.manual_seed(0)
-    D = network.head_dim
+    D, act = hypothesis.head_dim, hypothesis.hidden_act
+    rope = {"rope_type": "default", "rope_theta": hypothesis.rope_theta}
     config = LlamaConfig(
-        **SHAPE, num_attention_heads=192 // D, num_key_value_heads=64 // D, head_dim=D, hidden_act=network.hidden_act,
-        rope_parameters={"rope_type": "default", "rope_theta": network.rope_theta}, rms_norm_eps=network.rms_norm_eps,
+        **SHAPE, num_attention_heads=192 // D, num_key_value_heads=64 // D, head_dim=D, hidden_act=act,
+        rope_parameters=rope, rms_norm_eps=hypothesis.rms_norm_eps,
         tie_word_embeddings=True, attn_implementation="eager", max_position_embeddings=128, initializer_range=0.2,
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
@@ -105,15 +109,15 @@ def test_rival_is_that_network_in_transformers(rival):
     ids = torch.randint(300, (65,))
 
     with torch.no_grad():
-        if network.norm_order == "swapped":
+        if hypothesis.norm_order == "swapped":
             for layer in theirs.model.layers:
                 first, second = layer.input_layernorm, layer.post_attention_layernorm
                 layer.input_layernorm, layer.post_attention_layernorm = second, first
         rotate = modeling_llama.apply_rotary_pos_emb
-        if network.rope_layout == "interleaved":  # Helium is Llama with the other layout
+        if hypothesis.rope_layout == "interleaved":  # Helium is Llama with the other layout
             rotate = modeling_helium.apply_rotary_pos_emb
-        repeat = tiled if network.kv_grouping == "tiled" else modeling_llama.repeat_kv
-        forward = gated_by_up if network.gate == "up_proj" else modeling_llama.LlamaMLP.forward
+        repeat = tiled if hypothesis.kv_grouping == "tiled" else modeling_llama.repeat_kv
+        forward = gated_by_up if hypothesis.gate == "up_proj" else modeling_llama.LlamaMLP.forward
         with (
             patch.object(modeling_llama, "apply_rotary_pos_emb", rotate),
             patch.object(modeling_llama, "repeat_kv", repeat),
@@ -121,10 +125,10 @@ def test_rival_is_that_network_in_transformers(rival):
         ):
             expected = F.cross_entropy(theirs(ids[None, :-1]).logits[0], ids[1:], reduction="none")
             given_less = F.cross_entropy(theirs(ids[None, 8:-1]).logits[0], ids[9:], reduction="none")
-        shapes = discover.read_shapes(None, tensors)
+        shapes = discover.read_shapes({name: tuple(w.shape) for name, w in tensors.items()}, "folder")
         reader = Reader(shapes, tensors, ids)
-        nll, plain = reader.nll(network, 64), reader.nll(Network(head_dim=16), 64)
-        assert (reader.read(network, 8, 64) - given_less).abs().max() < 1e-4
+        nll, plain = reader.nll(hypothesis, 64), reader.nll(Hypothesis(head_dim=16), 64)
+        assert (reader.read(hypothesis, 8, 64) - given_less).abs().max() < 1e-4
     assert (nll - expected).abs().max() < 1e-4
     assert (plain - expected).abs().max() > 0.01 or not rival  # it is another network
 
@@ -133,38 +137,39 @@ def test_rival_is_that_network_in_transformers(rival):
 # The statistics and the search
 
 
-def test_neighbours_are_not_taken_as_independent():
+def test_neighbouring_tokens_do_not_count_as_independent():
     torch.manual_seed(0)
     independent = torch.randn(100_000)
-    in_runs = torch.randn(12_500).repeat_interleave(8)  # eight equal ones in a row: an eighth of the observations
+    in_runs = torch.randn(12_500).repeat_interleave(8)  # eight equal values in a row count as one
     for d, error in ((independent, 100_000**-0.5), (in_runs, 12_500**-0.5)):
         difference = paired(d + 5.0, torch.full_like(d, 5.0))
         assert difference.error == pytest.approx(error, rel=0.1)
         assert difference.mean == pytest.approx(d.mean().item(), abs=1e-6)
 
 
-def test_out_takes_two_standard_errors_and_the_floor():
+def test_a_rival_is_ruled_out_by_two_standard_errors_and_the_floor():
     assert discover.Difference(0.02, 0.009, 1).worse
     assert not discover.Difference(0.02, 0.011, 1).worse  # within two standard errors
-    assert not discover.Difference(0.0009, 0.0001, 1).worse  # nine of them, but bfloat16 moves the mean by as much
+    assert not discover.Difference(0.0009, 0.0001, 1).worse  # below the floor: bfloat16 moves the mean by as much
     assert discover.Difference(-0.02, 0.009, 1).better and not discover.Difference(-0.0009, 0.0001, 1).better
 
 
 class FakeReader:
-    """Reads as the `truth` would be read: worse by `costs` for each field in which a network differs from it."""
+    """Pretends that `truth` is the true hypothesis: each field that differs from it adds its cost to the NLL."""
 
     def __init__(self, truth, costs=(), ends=10**9):
         self.truth, self.costs, self.ends = truth, dict(costs), ends
-        self.asked, self.known = {}, {}
+        self.known = {}
 
-    def nll(self, network, n):
-        self.known[network] = self.read(network, 0, max(n, len(self.known.get(network, ()))))
-        return self.known[network][:n]
+    def nll(self, hypothesis, n):
+        self.known[hypothesis] = self.read(hypothesis, 0, max(n, len(self.known.get(hypothesis, ()))))
+        return self.known[hypothesis][:n]
 
-    def read(self, network, start, stop):
-        text = torch.randn(20_000, generator=torch.Generator().manual_seed(0))[start:stop] + 3.0  # the same for all
-        noise = torch.randn(stop - start, generator=torch.Generator().manual_seed(zlib.crc32(repr(network).encode())))
-        wrong = [name for name in Network._fields if getattr(network, name) != getattr(self.truth, name)]
+    def read(self, hypothesis, start, stop):
+        shared, own = (torch.Generator().manual_seed(zlib.crc32(repr(key).encode())) for key in ((), tuple(hypothesis)))
+        text = torch.randn(20_000, generator=shared)[start:stop] + 3.0  # the same for all
+        noise = torch.randn(stop - start, generator=own)
+        wrong = [name for name in Hypothesis._fields if getattr(hypothesis, name) != getattr(self.truth, name)]
         beyond = torch.arange(stop - start) >= self.ends
         return text + 0.05 * noise + sum(self.costs.get(name, 0.5) for name in wrong) + 2.0 * beyond
 
@@ -184,36 +189,36 @@ RIVALS = {
 @pytest.mark.parametrize(
     "truth",
     [
-        Network(),
-        Network(rope_theta=1e4),
-        Network(rope_layout="interleaved", norm_order="swapped"),
-        Network("interleaved", 32, "tiled", "up_proj", "relu", "swapped", 1e6, 1e-3),
+        Hypothesis(),
+        Hypothesis(rope_theta=1e4),
+        Hypothesis(rope_layout="interleaved", norm_order="swapped"),
+        Hypothesis("interleaved", 32, "tiled", "up_proj", "relu", "swapped", 1e6, 1e-3),
     ],
 )
-def test_search_finds_the_truth_from_where_it_starts(truth):
-    found, differences = discover.search(FakeReader(truth), Network(), RIVALS, 1_024, 2_048)
+def test_search_finds_the_truth(truth):
+    found, differences = discover.search(FakeReader(truth), Hypothesis(), RIVALS, 1_024, 2_048)
     assert found == truth
-    for question, values in RIVALS.items():  # every rival was held against the network found, and is out
+    for question, values in RIVALS.items():  # every rival was compared with the hypothesis found, and is ruled out
         assert set(differences[question]) == set(values) - {getattr(truth, question)}
         assert all(difference.worse and 0.4 < difference.mean < 0.6 for difference in differences[question].values())
 
 
-def test_search_tells_what_it_cannot_tell():
-    reader = FakeReader(Network(), {"rms_norm_eps": 0.0, "rope_theta": 0.002})
-    found, differences = discover.search(reader, Network(), RIVALS, 1_024, 16_384)
-    assert found == Network()
+def test_search_reports_what_it_cannot_tell_apart():
+    reader = FakeReader(Hypothesis(), {"rms_norm_eps": 0.0, "rope_theta": 0.003})
+    found, differences = discover.search(reader, Hypothesis(), RIVALS, 1_024, 16_384)
+    assert found == Hypothesis()
     assert not any(difference.worse for difference in differences["rms_norm_eps"].values())
-    assert all(difference.worse for difference in differences["rope_theta"].values())  # thanks to reading on
-    shapes = discover.SHAPES_135M
-    sources = {"GGUF header": None, "config.json": {name: None for name in Network._fields} | {"rms_norm_eps": 1e-6}}
-    finding = discover.from_behaviour(shapes, found, differences, sources)["rms_norm_eps"]
-    assert (finding.value, finding.picked_by) == (1e-6, "config.json")
+    thetas = differences["rope_theta"].values()
+    assert all(d.worse for d in thetas) and max(d.tokens for d in thetas) == 16_384  # it reads further for these
+    sources = {"GGUF header": None, "config.json": {name: None for name in Hypothesis._fields} | {"rms_norm_eps": 1e-6}}
+    finding = discover.from_behaviour(SHAPES_135M, found, differences, sources)["rms_norm_eps"]
+    assert (finding.value, finding.decided_by) == (1e-6, "config.json")
     assert sorted(finding.remaining) == [1e-6, 1e-5, 1e-3]
 
 
 @pytest.mark.parametrize("ends, expected", [(10**9, (4_096, None)), (2_816, (2_560, 3_072)), (2_048, (2_048, 2_560))])
 def test_reading_on_stops_where_it_breaks(ends, expected):
-    assert discover.read_onward(FakeReader(Network(), ends=ends), Network(), 1_024, 4_096) == expected
+    assert discover.read_onward(FakeReader(Hypothesis(), ends=ends), Hypothesis(), 1_024, 4_096) == expected
 
 
 @pytest.mark.parametrize(
@@ -228,17 +233,17 @@ def test_contexts_that_reading_on_leaves(reach, limit, fit, unfit):
 
 
 def test_picture(tmp_path):
-    reader = FakeReader(Network())
+    reader = FakeReader(Hypothesis())
     for theta in (1e3, 1e4, 5e4, 1e5, 1e6):
-        reader.nll(Network(rope_theta=theta), 1_024)
+        reader.nll(Hypothesis(rope_theta=theta), 1_024)
     sources = {"config.json": {"rope_theta": 1e5}, "training YAML": {"rope_theta": 1e4}, "GGUF header": None}
-    discover.draw(reader, Network(), sources, 1_024, 2_048, tmp_path / "new" / "discover.png")
+    discover.draw(reader, Hypothesis(), sources, 1_024, 2_048, tmp_path / "new" / "discover.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["discover.png"]
     assert (tmp_path / "new" / "discover.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------
-# The family, in small: its ratios of heads, as transformers saves them
+# The family in small: the same ratios of heads, saved by transformers
 
 
 def stand_in(path, heads, kv_heads, head_dim, mlp, vocab=100, layers=3, std=0.02):
@@ -271,8 +276,8 @@ def test_stand_in_of_the_family_gives_its_own_shape(tmp_path, run, name, shape):
         num_attention_heads=heads, num_key_value_heads=kv_heads,
     )  # fmt: skip
     assert {key: int(found[key][0].replace(",", "")) for key in expected} == expected
-    assert found["rope_theta"] == ["130,000", "130,000", "-", "-"]  # no text to read: the config is believed, and
-    assert "these weights do not read" in out  # it is said
+    assert found["rope_theta"] == ["130,000", "130,000", "-", "-"]  # it cannot read the text, so
+    assert "these weights cannot read the text" in out  # it believes the config
     total = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
     assert f"{total:,} values" in out and re.search(rf"total +{total:,} ", out)
     assert "3. Proof" not in out and code == 0
@@ -282,7 +287,7 @@ def test_stand_in_of_the_family_gives_its_own_shape(tmp_path, run, name, shape):
 def test_random_weights_settle_nothing_by_behaviour(tmp_path, run):
     path = stand_in(tmp_path / "random", 2, 1, 32, 64, vocab=49_152, layers=1, std=0.2)
     code, out = run(official=str(path), tokens=256, context=512)
-    assert "these weights do not read" in out and code == 0
+    assert "these weights cannot read the text" in out and code == 0
     assert table(out)["rope_theta"][0] == "130,000"
 
 
@@ -339,7 +344,7 @@ def test_settings_that_make_no_sense(run, settings):
 
 @pytest.fixture
 def fewer(monkeypatch):
-    """Only the questions at issue, so that a run takes seconds."""
+    """Fewer questions, so that a run takes seconds."""
     monkeypatch.setattr(discover, "THETAS", (1e4, 1e5))
     monkeypatch.setattr(discover, "EPSILONS", (1e-5, 1e-3))
     monkeypatch.setattr(discover, "ACTIVATIONS", {"silu": F.silu})
@@ -348,12 +353,12 @@ def fewer(monkeypatch):
 
 @pytest.fixture(scope="session")
 def real_tensors(release):
-    return {name: tensor.bfloat16() for name, tensor in load_state_dict(release).items()}
+    return {name: tensor.bfloat16() for name, tensor in release_tensors(release).items()}
 
 
 @pytest.fixture(scope="session")
 def official_config():
-    """The base release's config.json, whose hash is pinned; typed in, not taken from discover.py."""
+    """The base release's config.json, typed in so that it does not depend on discover.py. Its hash is pinned."""
     text = """{
   "architectures": [
     "LlamaForCausalLM"
@@ -388,14 +393,15 @@ def official_config():
     return text
 
 
-def test_proof_is_of_the_bytes(tmp_path, capsys, official_config):
-    shapes, sources = discover.SHAPES_135M, {"config.json": None, "GGUF header": None}
-    all_out = {name: {} for name in Network._fields}
-    findings = discover.from_shapes(shapes) | discover.from_behaviour(shapes, Network(), all_out, sources)
+def test_proof_compares_every_byte(tmp_path, capsys, official_config):
+    sources = {"config.json": None, "GGUF header": None}
+    all_out = {name: {} for name in Hypothesis._fields}
+    findings = discover.from_shapes(SHAPES_135M)
+    findings |= discover.from_behaviour(SHAPES_135M, Hypothesis(), all_out, sources)
     findings["max_position_embeddings"] = discover.from_reading_on(8_192, None, sources)
     assert discover.prove(findings, sources, tmp_path / "config.json")
     assert (tmp_path / "config.json").read_text() == official_config
-    assert sources["config.json"]["rope_theta"] == 100_000  # what the file says is known by its hash
+    assert sources["config.json"]["rope_theta"] == 100_000  # the hash proves what the official file says
     findings["rope_theta"] = findings["rope_theta"]._replace(value=50_000.0)
     assert not discover.prove(findings, sources, tmp_path / "config.json")
     assert f"but the official file's is {OFFICIAL_CONFIG}" in capsys.readouterr().out
@@ -418,14 +424,14 @@ def test_base(tmp_path, run, monkeypatch, official_config):
 
     rows = rivals(out)
     tokens, difference, ratio, verdict = rows["rope_theta", "10,000"]
-    assert (tokens, verdict) == (512, "out") and 0.15 < difference < 0.3 and ratio > 5
+    assert (tokens, verdict) == (512, "ruled out") and 0.15 < difference < 0.3 and ratio > 5
     assert rows["rope_theta", "50,000"][3] == "not told apart"
     gross = {question for question, _ in rows} - {"rope_theta", "rms_norm_eps"}
     assert gross == {"rope_layout", "head_dim", "kv_grouping", "gate", "hidden_act", "norm_order"}
     for (question, rival), (_, difference, ratio, verdict) in rows.items():
         if question in gross:
-            assert verdict == "out" and difference > 0.5 and ratio > 5, (question, rival)
-    assert rows["rms_norm_eps", "1e-06"][3] == "not told apart" and rows["rms_norm_eps", "0.001"][3] == "out"
+            assert verdict == "ruled out" and difference > 0.5 and ratio > 5, (question, rival)
+    assert rows["rms_norm_eps", "1e-06"][3] == "not told apart" and rows["rms_norm_eps", "0.001"][3] == "ruled out"
 
     found = table(out)
     assert found["rope_theta"] == ["100,000", "100,000", "10,000*", "100,000"]
@@ -449,13 +455,13 @@ def test_folder_whose_config_says_theta_10_000(tmp_path, run, fewer, real_tensor
     assert 0.15 < float(margin[1]) < 0.3 and float(margin[2]) > 5
     assert "the release's own config.json contradicts the evidence" in out
     assert table(out)["rope_theta"] == ["100,000", "10,000*", "10,000*", "100,000"]
-    assert (tmp_path / "out" / "config.json").read_text() == official_config  # what it should have said
+    assert (tmp_path / "out" / "config.json").read_text() == official_config  # with the true theta
 
 
 def test_folder_whose_q_and_k_are_interleaved(tmp_path, run, fewer, real_tensors, official_config):
     path = tmp_path / "folder"
     path.mkdir()
-    moved = {  # a head's row i comes to 2i, its row i + 32 to 2i + 1, as llama.cpp has them
+    moved = {  # row i of a head goes to 2i, row i + 32 to 2i + 1, as in llama.cpp
         name: w.view(-1, 2, 32, 576).transpose(1, 2).reshape(w.shape) if re.search("[qk]_proj", name) else w
         for name, w in real_tensors.items()
     }
@@ -465,4 +471,4 @@ def test_folder_whose_q_and_k_are_interleaved(tmp_path, run, fewer, real_tensors
     assert code == 1
     assert table(out)["rope_layout"] == ["interleaved", "half-split*", "half-split*", "half-split*"]
     assert "* rope_layout: the config.json says half-split, the weights interleaved: under half-split, NLL +2." in out
-    assert table(out)["rope_theta"][0] == "100,000"  # found all the same
+    assert table(out)["rope_theta"][0] == "100,000"  # the search goes on with the new layout

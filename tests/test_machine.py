@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import machine
-from machine import pick_device, pick_matmul
+from lib.machine import pick_device, pick_matmul
 from model import ModelConfig, SmolLM2
 
 
@@ -56,13 +56,13 @@ def test_a_device_that_is_not_there(capsys):
         pick_device("cuda")
 
 
-def test_checkpointed_blocks_change_memory_and_nothing_else():
+def test_activation_checkpointing_changes_memory_and_nothing_else():
     torch.manual_seed(0)
     model = SmolLM2(ModelConfig(hidden_size=72, intermediate_size=96, num_hidden_layers=3, head_dim=8, vocab_size=256))
     idx = torch.randint(256, (2, 40))
     grads = []
-    for checkpoint_blocks in (False, True):
-        model.checkpoint_blocks = checkpoint_blocks
+    for activation_checkpointing in (False, True):
+        model.activation_checkpointing = activation_checkpointing
         model.zero_grad()
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
@@ -77,7 +77,8 @@ def test_checkpointed_blocks_change_memory_and_nothing_else():
 def test_memory_is_kept():
     """Page faults of 300 MB, after 400 that were freed: none, where they would be 73,000."""
     code = (
-        "import resource, torch, machine\n"
+        "import resource, torch\n"
+        "from lib import machine\n"
         "machine.keep_memory()\n"
         "def faults(megabytes):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -85,6 +86,8 @@ def test_memory_is_kept():
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "print(faults(400), faults(300))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=machine.__file__[:-11])
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     first, second = map(int, result.stdout.split())
     assert second < 100 < first

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import model as model_py
-from model import PRESETS, KVCache, ModelConfig, SmolLM2, cross_entropy, parameter_table, pick, sampling_probs
+from model import PRESETS, KVCache, ModelConfig, SmolLM2, cross_entropy, parameter_table, sample_ids, sampling_probs
 
 SMALL = ModelConfig(
     vocab_size=256, hidden_size=72, intermediate_size=96, num_hidden_layers=3, num_attention_heads=9,
@@ -196,8 +196,8 @@ def test_what_does_not_fit_raises_value_error():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(model_py.CrossEntropy, "CHUNK", 16)
-    monkeypatch.setattr(model_py.CrossEntropy, "ROWS", 5)
+    monkeypatch.setattr(model_py.ChunkedCrossEntropy, "CHUNK", 16)
+    monkeypatch.setattr(model_py.ChunkedCrossEntropy, "ROWS", 5)
 
 
 def loss_inputs(N=37, C=24, V=101):
@@ -321,13 +321,13 @@ def test_top_k_and_top_p_are_those_of_transformers(temperature, top_k, top_p):
     assert torch.equal(probs > 0, expected > 0)
     torch.testing.assert_close(probs, expected)
 
-    drawn = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(5))
+    drawn = sample_ids(logits, temperature, top_k, top_p, torch.Generator().manual_seed(5))
     assert (expected.gather(1, drawn[:, None]) > 0).all()
 
 
 def test_ids_are_drawn_in_proportion():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    drawn = pick(logits.expand(20_000, 4), 0.5, None, None, torch.Generator().manual_seed(6))
+    drawn = sample_ids(logits.expand(20_000, 4), 0.5, None, None, torch.Generator().manual_seed(6))
     expected = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30  # squared, for temperature is 1/2
     torch.testing.assert_close(drawn.bincount() / 20_000, expected, atol=0.01, rtol=0)
 

@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,30 +48,55 @@ def test_there_are_commands():
 
 
 def test_files():
-    ours = README.replace(README[README.index("## Beside others") : README.index("## Questions")], "")
-    named = re.findall(r"`([\w./-]+(?:\.py|\.md|\.csv|\.png|\.txt|/))`", ours) + re.findall(r"\]\(([\w./-]+)\)", ours)
+    named = re.findall(r"`([\w./-]+(?:\.py|\.md|\.csv|\.png|\.txt|/))`", README)
+    named += re.findall(r"\]\(([\w./-]+)\)", README)
     assert len(named) > 25
     for name in named:
         if not name.startswith(("out/", "data/")):  # what the commands make
             assert (ROOT / name).exists(), name
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200
+
+
 def test_parameter_table_is_as_printed():
-    assert parameter_table(PRESETS["135M"]) in README
+    printed = subprocess.run([sys.executable, "model.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed == parameter_table(PRESETS["135M"]) + "\n" and f"```\n{printed}```" in README
 
 
-SHOWN = re.findall(r"`((?:awk|cat|grep) [^`]*assets/[^`]*)`[^`]*\n```\n(.*?)```", README, re.S)
+# A paragraph that links to whole outputs in assets/, and the lines of them that README quotes below it.
+QUOTED = [
+    (re.findall(r"\]\((assets/[\w.-]+\.txt)\)", paragraph), block.splitlines())
+    for paragraph, block in re.findall(r"((?:^[^`\n][^\n]*\n|^`[^`\n][^\n]*\n)+)\n```\n(.*?)^```", README, re.M | re.S)
+    if "(assets/" in paragraph
+]
 
 
-@pytest.mark.parametrize("command, output", SHOWN)
-def test_the_two_runs_are_as_printed(command, output):
-    """What README shows of assets/ is what its command prints."""
+@pytest.mark.parametrize("files, lines", QUOTED, ids=[" ".join(files) for files, _ in QUOTED])
+def test_what_it_quotes_was_printed(files, lines):
+    """Every quoted line stands in one of the files, and in the same order."""
+    printed = [line.rstrip() for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        assert line in printed, line
+        printed = printed[printed.index(line) + 1 :]
+
+
+def test_the_quotes_are_found():
+    assert len(QUOTED) == 4 and {file for files, _ in QUOTED for file in files} == {
+        f"assets/{name}.txt" for name in ("samples", "verify", "resume_test", "discover", "bench")
+    }  # fmt: skip
+
+
+def test_every_asset_is_accounted_for():
+    """assets/README.md names the command that printed each file; samples.txt is what its command prints."""
+    text = (ROOT / "assets/README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "assets").iterdir():
+        assert path.name == "README.md" or path.name in text, path
+    (command,) = re.findall(r"^    (awk .*\n.*)$", text, re.M)
     printed = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [line.rstrip() for line in output.splitlines()] == [line.rstrip() for line in printed.splitlines()]
-
-
-def test_all_of_the_two_runs_is_shown():
-    assert len(SHOWN) == 4
+    samples = (ROOT / "assets/samples.txt").read_text(encoding="utf-8")
+    assert [line.rstrip() for line in printed.splitlines()] == samples.splitlines()
 
 
 def test_every_config_file_is_one(monkeypatch):

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import sample
-from checkpoint import write_checkpoint
 from configurator import configure
+from lib.chat import chat_ids
+from lib.checkpoint import write_checkpoint
+from lib.gguf import open_gguf
+from lib.official import wheel_gguf
 from model import ModelConfig, SmolLM2
-from official import read_gguf, wheel_gguf
 from sample import SampleConfig
 
 
@@ -34,7 +36,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     write_checkpoint(
         folder / "ckpt.pt",
-        dict(model=SmolLM2(config).state_dict(), optimizer={}, scheduler={}, iter_num=7, best_val_loss=1.0,
+        dict(model=SmolLM2(config).state_dict(), optimizer={}, scheduler={}, iter_num=7,
              config=vars(config) | {"dataset": "text"}, data={}),
     )  # fmt: skip
     return folder
@@ -55,18 +57,18 @@ def test_official_weights_greedily_as_transformers(capfd, real_model, hf_tokeniz
     ids = torch.tensor([hf_tokenizer.encode(prompt).ids])
     theirs = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=2,
                            pad_token_id=2)[0]  # fmt: skip
-    code, texts, output = run(capfd, "--official=base", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20")
+    code, texts, output = run(capfd, "--init_from=base", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20")
     assert code == 0 and texts == [hf_tokenizer.decode(theirs.tolist())]
     assert "official: base = " in output and "sha256" in output and "20 tokens in" in output
 
 
 def test_chat_ids_follow_the_template(encoding, hf_tokenizer):
     """The ids are those of the release's own chat template, rendered by jinja2 and read by Hugging Face."""
-    template = read_gguf(wheel_gguf()).get_field("tokenizer.chat_template").contents()
+    template = open_gguf(wheel_gguf()).get_field("tokenizer.chat_template").contents()
     messages = [{"role": "user", "content": "What is 2  + 12?\n<|im_end|> is text"}]
     text = jinja2.Template(template).render(messages=messages, add_generation_prompt=True)
     assert (
-        sample.chat_ids(encoding, "What is 12?")
+        chat_ids(encoding, "What is 12?")
         == hf_tokenizer.encode(
             jinja2.Template(template).render(
                 messages=[{"role": "user", "content": "What is 12?"}], add_generation_prompt=True
@@ -74,7 +76,7 @@ def test_chat_ids_follow_the_template(encoding, hf_tokenizer):
         ).ids
     )
     # a user who writes <|im_end|> does not end the turn
-    assert sample.chat_ids(encoding, messages[0]["content"]).count(2) == hf_tokenizer.encode(text).ids.count(2) - 1
+    assert chat_ids(encoding, messages[0]["content"]).count(2) == hf_tokenizer.encode(text).ids.count(2) - 1
 
 
 def test_a_checkpoint(capfd, tiny):
@@ -85,7 +87,7 @@ def test_a_checkpoint(capfd, tiny):
     assert f"checkpoint: {tiny}/ckpt.pt, iteration 7, trained on text" in output
     assert run(capfd, *flags)[1] == texts[:1]  # the same seed, the same text
     assert run(capfd, *flags, "--seed=2")[1] != texts[:1]
-    assert run(capfd, f"--ckpt={tiny}/ckpt.pt", "--max_new_tokens=50")[1] == texts[:1]
+    assert run(capfd, f"--init_from={tiny}/ckpt.pt", "--max_new_tokens=50")[1] == texts[:1]
 
 
 def test_an_empty_prompt_begins_a_document(capfd, tiny):
@@ -98,7 +100,7 @@ def test_an_empty_prompt_begins_a_document(capfd, tiny):
     [
         (["--out_dir=nowhere"], r"there is no checkpoint nowhere/ckpt.pt"),
         (["--prompt=" + 40 * "one "], r"the prompt is too long: \d+ tokens do not fit a context of 32"),
-        (["--official=bsae"], r"did you mean base"),
+        (["--init_from=bsae"], r"did you mean base"),
         (["--device=cuda:9"], r"device cuda:9 cannot be used"),
     ],
 )

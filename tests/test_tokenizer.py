@@ -1,4 +1,4 @@
-"""tokenizer.py against `tokenizers`, the library that made the release's tokenizer: no difference, on any text."""
+"""lib/tokenizer.py gives the same ids as `tokenizers`, the library that made the release's tokenizer, on any text."""
 
 import json
 import sysconfig
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-from tokenizer import END_OF_TEXT, NO_TOKEN, PRE_TOKENIZER, VOCAB_SIZE, encode, load_tokenizer
+from lib import tokenizer
+from lib.tokenizer import END_OF_TEXT, NO_TOKEN, PRE_TOKENIZER, VOCAB_SIZE, encode, load_tokenizer
 
-# Pieces that meet in the pattern's corners; drawn in any order, with any other characters between them.
+# Pieces for the corner cases of the pattern. Tests join them in any order, with any other characters between them.
 PIECES = [
     *"019", "2024", "٣", "५", "১", "〇", "Ⅷ", "½", "²", "௰", "𝟘", "𐄇",  # digits: Nd, Nl, No
     *" \t\n\r\v\f\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\ufeff\u180e", "  ", "\r\n", " \n ",
@@ -26,13 +26,14 @@ PIECES = [
 
 @pytest.fixture(scope="session")
 def hf_ids(hf_tokenizer):
-    """What `tokenizers` makes of texts when the names of special tokens are text like any other."""
+    """texts -> ids from `tokenizers`, where the names of special tokens are ordinary text."""
     hf_tokenizer.encode_special_tokens = True
     return lambda texts: [e.ids for e in hf_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @pytest.fixture(scope="session")
 def hf_default_ids(hf_tokenizer):
+    """texts -> ids from `tokenizers`, where the names of special tokens become their ids."""
     other = type(hf_tokenizer).from_str(hf_tokenizer.to_str())
     return lambda texts: [e.ids for e in other.encode_batch_fast(texts)]
 
@@ -61,13 +62,13 @@ def test_every_two_pieces(left, encoding, hf_ids):
 
 
 def test_every_character(encoding, hf_ids):
-    """All of Unicode: each after a space and before a letter, so that its class shows in the ids."""
+    """All of Unicode. Each character stands after a space and before a letter, so its class shows in the ids."""
     assigned, empty = [range(0, 0x40000), range(0xE0000, 0xF0000)], [range(0x40000, 0x110000, 97)]
     everything = [chr(c) for planes in assigned + empty for c in planes if not 0xD800 <= c < 0xE000]
     for start in range(0, len(everything), 0x4000):
         characters = everything[start : start + 0x4000]
         texts = ["".join(f" {c}a\n{c}1" for c in characters[i : i + 64]) for i in range(0, len(characters), 64)]
-        texts += [text + "\x04" for text in texts[:16]]  # cut up another way, see encode
+        texts += [text + "\x04" for text in texts[:16]]  # with this byte, encode_array finds the pieces in another way
         for text, ids in zip(texts, hf_ids(texts), strict=True):
             assert encode(encoding, text) == ids, f"from U+{ord(text[1]):04X}"
 
@@ -75,7 +76,7 @@ def test_every_character(encoding, hf_ids):
 def test_the_whole_standard_library(encoding, hf_ids):
     paths = [path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in path.parts]
     assert len(paths) > 500
-    for i in range(0, len(paths), 50):  # some at a time: tokenizers' answers are large
+    for i in range(0, len(paths), 50):  # in batches, because the results of `tokenizers` are large
         batch = paths[i : i + 50]
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in batch]
         for path, text, ids in zip(batch, texts, hf_ids(texts), strict=True):
@@ -105,7 +106,7 @@ def test_bytes_without_a_token_are_dropped(encoding, hf_tokenizer, hf_ids):
     vocab = hf_tokenizer.get_vocab()
     without = [byte for character, byte in tokenizer.byte_alphabet().items() if character not in vocab]
     assert sorted(without) == list(NO_TOKEN) and len(NO_TOKEN) == 21
-    assert encoding.n_vocab == VOCAB_SIZE + 21  # hence: the vocabulary's size is VOCAB_SIZE, or the config's
+    assert encoding.n_vocab == VOCAB_SIZE + 21  # so the vocabulary size is VOCAB_SIZE, not n_vocab
     assert encode(encoding, "a\x04b\x1d\x06") == encode(encoding, "a") + encode(encoding, "b")
     assert encode(encoding, "*\x06:") == encode(encoding, "*:") == [13714]  # dropped before merging
     for text in (
@@ -122,7 +123,7 @@ def test_bytes_without_a_token_are_dropped(encoding, hf_tokenizer, hf_ids):
 
 
 def test_half_a_surrogate_pair_is_a_question_mark(encoding, hf_ids):
-    """As an argument that is not UTF-8 holds it; tokenizers takes no such string."""
+    """Python puts these halves into command-line arguments that are not UTF-8. `tokenizers` refuses such strings."""
     assert [encode(encoding, "caf\udce9 1")] == hf_ids(["caf? 1"])
 
 
@@ -137,7 +138,7 @@ def test_names_of_special_tokens_are_text(encoding, hf_default_ids):
 @pytest.mark.parametrize("run", [" ", "\n", "\t", "\u3000", " \n"])
 def test_long_runs_of_white_space(run, encoding, hf_ids):
     texts = [run * n + tail for n in (1, 2, 3, 100, 4_097, 100_000) for tail in ("", "x", "1")]
-    texts += [run * (1_100_000 // len(run)) + "x"]  # more than tiktoken alone can take
+    texts += [run * (1_100_000 // len(run)) + "x"]  # longer than tiktoken alone can encode
     for text, ids in zip(texts, hf_ids(texts), strict=True):
         assert encode(encoding, text) == ids, len(text)
 
@@ -147,11 +148,13 @@ def test_long_runs_of_white_space(run, encoding, hf_ids):
 
 
 def small_tokenizer(**changes):
+    """A tokenizer.json with one token."""
     model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
     return {"normalizer": None, "pre_tokenizer": PRE_TOKENIZER, "added_tokens": [], "model": model} | changes
 
 
 def official_with(hf_tokenizer, **changes):
+    """The official tokenizer.json with other values for some keys."""
     return json.loads(hf_tokenizer.to_str()) | changes
 
 
@@ -173,8 +176,8 @@ def test_a_foreign_tokenizer_is_refused_with_one_line(make, hf_tokenizer, tmp_pa
     assert message.startswith("error: the tokenizer of ") and str(tmp_path) in message and "\n" not in message
 
 
-def test_a_tokenizer_saved_again_is_the_same(encoding, hf_tokenizer, tmp_path):
-    """Saved by other tools its bytes differ; what counts is what it does."""
+def test_a_tokenizer_saved_by_another_tool_is_accepted(encoding, hf_tokenizer, tmp_path):
+    """Its bytes differ from the release's, but its tokens and its pattern are the same."""
     hf_tokenizer.save(str(tmp_path / "tokenizer.json"))
     other = load_tokenizer(str(tmp_path))
     assert other._mergeable_ranks == encoding._mergeable_ranks and other._special_tokens == encoding._special_tokens

@@ -1,8 +1,10 @@
 """train.py: the loop held against a plain one of transformers and torch, the data order, and the exact resume."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,8 +21,10 @@ import torch
 
 import resume_test
 import train
-from batches import get_blocks, mix
 from configurator import configure
+from lib.batches import get_blocks, mix
+from lib.checkpoint import read_checkpoint
+from lib.tokenizer import TOKENIZER_SHA256
 from resume_test import ResumeTestConfig
 from train import TrainConfig, get_lr, saved_settings
 
@@ -30,6 +34,7 @@ TINY = [
     "--num_key_value_heads=1", "--head_dim=16", "--max_position_embeddings=64", "--batch_size=4", "--block_size=16",
     "--learning_rate=0.01", "--warmup_iters=3", "--lr_decay_iters=12", "--max_iters=12", "--log_interval=1",
     "--eval_interval=4", "--eval_iters=2", "--sample_interval=0", "--dtype=float32", "--device=cpu",
+    "--float32_matmul_precision=highest",
 ]  # fmt: skip
 RESUME = ["--init_from=resume", "--max_iters=12"]
 
@@ -58,11 +63,12 @@ def write_data(folder, train_ids, val_ids):
 
 
 def run(*flags):
-    """train.py in this process; returns its exit code."""
+    """train.py in this process; returns its exit code, or its error message."""
     argv = list(flags) if "--init_from=resume" in flags else [*TINY, "--dataset=text", *flags]
-    with pytest.raises(SystemExit) as exit:
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as exit, contextlib.redirect_stderr(errors):
         train.main(configure(TrainConfig, argv, saved=saved_settings))
-    return exit.value.code
+    return errors.getvalue().strip() if exit.value.code == 2 else exit.value.code
 
 
 def command(*flags, launcher=(), script="train.py"):
@@ -266,7 +272,7 @@ def test_the_checkpoint_test(place, capfd):
     assert run("--out_dir=a", "--max_iters=4") == 0
     before = Path("a/ckpt.pt").read_bytes()
     code, out = checkpoint_test(capfd)
-    assert code == 0 and out.count("✓") == 12 and "✗" not in out and out.endswith("resume_test: all as it must be\n")
+    assert code == 0 and out.count("✓") == 13 and "✗" not in out and out.endswith("resume_test: 12 ✓, 0 ✗\n")
     assert "a/ckpt.pt: iteration 4; straight to 14, and with a stop at 9" in out
     assert Path("a/ckpt.pt").read_bytes() == before and {path.name for path in Path("a").iterdir()} == {
         "ckpt.pt", "log.csv", "loss.png",
@@ -309,12 +315,15 @@ def test_resume_restores_settings_and_prints_what_changed(place, capfd):
     assert [float(row[2]) for row in rows("a")[1:] if row[1]][3:] == [get_lr(config, 3), get_lr(config, 4)]
 
 
-def test_nothing_left_to_do(place, capfd):
+def test_a_resume_at_the_end_repeats_the_last_evaluation(place, capfd):
+    """Death between the last save and the end of its evaluation must not leave a hole in log.csv."""
     assert run("--out_dir=a") == 0
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("a").iterdir()}
+    before = load("a"), rows("a")
+    log = Path("a/log.csv").read_text()
+    Path("a/log.csv").write_text("".join(log.splitlines(keepends=True)[:-1]))  # without it
     assert run("--out_dir=a", *RESUME) == 0
-    assert "a/ckpt.pt is at iteration 12, and max_iters is 12: nothing to do." in capfd.readouterr().out
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("a").iterdir()}
+    assert "a/ckpt.pt is at iteration 12 already: nothing to train" in capfd.readouterr().out
+    assert (differing(load("a"), before[0]), rows("a")) == ([], before[1])
 
 
 def test_a_second_run_keeps_the_first(place, capfd):
@@ -332,6 +341,66 @@ def test_weights_alone_begin_a_new_run(place):
     a, b = rows("a"), rows("b")
     assert b[1][0] == "0" and b[1][4] == a[-1][4]  # it starts at the loss where the other ended
     assert load("b")["iter_num"] == 4 and load("b")["scheduler"]["last_epoch"] == 4
+
+
+def test_weights_bring_their_networks_settings_and_flags_hold(place, capfd):
+    assert run("--out_dir=a", "--max_iters=2") == 0
+    flags = ["--init_from=a/ckpt.pt", "--dataset=text", "--max_iters=1", "--block_size=16", "--eval_iters=1"]
+    flags += ["--sample_interval=0", "--device=cpu"]
+
+    def start(*more):
+        with pytest.raises(SystemExit) as exit:
+            train.main(configure(TrainConfig, [*flags, *more], saved=saved_settings))
+        return exit.value.code
+
+    assert start("--out_dir=b") == 0
+    assert load("b")["config"]["hidden_size"] == 32 and load("b")["config"]["max_position_embeddings"] == 64
+    held = ["--rope_theta=500000", "--rms_norm_eps=0.01", "--max_position_embeddings=99"]
+    assert start("--out_dir=c", *held) == 0
+    config = load("c")["config"]
+    assert (config["rope_theta"], config["rms_norm_eps"], config["max_position_embeddings"]) == (5e5, 0.01, 99)
+    assert rows("c")[1] != rows("b")[1]  # another network
+    message = start("--out_dir=d", "--num_hidden_layers=12")
+    assert "num_hidden_layers is set to 12, but the network in a/ckpt.pt has 2" in message
+    assert not Path("d").exists()
+
+
+def test_settings_that_fit_any_tensors_may_change_on_resume(place, capfd):
+    assert run("--out_dir=a", "--max_iters=2") == 0
+    assert run("--out_dir=a", "--init_from=resume", "--max_iters=3", "--rope_theta=500000") == 0
+    assert "    rope_theta: 100000.0 -> 500000.0" in capfd.readouterr().out
+    assert load("a")["config"]["rope_theta"] == 5e5
+
+
+def test_the_best_weights_are_kept_where_asked(place):
+    assert run("--out_dir=a") == 0 and not Path("a/best.pt").exists()
+    flags = ["--out_dir=b", "--save_best=True", "--learning_rate=1", "--eval_interval=1", "--lr_decay_iters=99"]
+    assert run(*flags) == 0
+    val = {int(row[0]): float(row[4]) for row in rows("b")[1:] if row[4]}
+    best = torch.load("b/best.pt", weights_only=True)
+    assert best["iter_num"] == min(val, key=val.get) < 12 and best["best_val_loss"] == min(val.values())
+    assert "optimizer" not in best and best["config"]["hidden_size"] == 32
+    assert "lacks optimizer, scheduler" in read_error("b/best.pt")
+    assert run("--out_dir=c", "--init_from=b/best.pt", "--max_iters=1") == 0
+    assert float(rows("c")[1][4]) == min(val.values())
+
+
+def read_error(path):
+    with pytest.raises(SystemExit) as exit:
+        read_checkpoint(path)
+    return exit.value.code
+
+
+def test_a_checkpoint_knows_its_tokenizer(place):
+    meta = json.loads(Path("data/text/meta.json").read_text())
+    meta |= {"tokenizer": "base", "tokenizer_sha256": TOKENIZER_SHA256}
+    Path("data/text/meta.json").write_text(json.dumps(meta))
+    assert run("--out_dir=a", "--max_iters=1") == 0
+    assert load("a")["tokenizer"] == {"official": "base", "sha256": TOKENIZER_SHA256}
+    meta |= {"tokenizer_sha256": 64 * "0"}
+    Path("data/text/meta.json").write_text(json.dumps(meta))
+    message = run("--out_dir=b", "--max_iters=1", "--sample_interval=1")
+    assert f"these weights need the tokenizer with sha256 {64 * '0'}, but base (" in message
 
 
 # ---- The loop against one of transformers and torch
@@ -438,10 +507,11 @@ ERRORS = {
         ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"not a whole checkpoint"),
     "corrupt checkpoint": (
         ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b"PK" + b"x" * 999), r"not a whole"),
-    "foreign checkpoint": (["--init_from=resume", "--out_dir=a"], foreign_checkpoint, r"it lacks best_val_loss"),
+    "foreign checkpoint": (
+        ["--init_from=resume", "--out_dir=a"], foreign_checkpoint, r"is not a checkpoint of train.py"),
     "another shape": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--hidden_size=64"], None,
-        r"hidden_size is 64, but a/ckpt.pt was trained with 32"),
+        r"hidden_size is set to 64, but the network in a/ckpt.pt has 32"),
     "another text": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--dataset=other"], None,
         r"data/other is not what a/ckpt.pt was trained on"),
@@ -450,10 +520,11 @@ ERRORS = {
         r"at iteration 4: a/ckpt.pt is untouched; lower learning_rate"),
     "hostile checkpoint": (
         ["--init_from=resume", "--out_dir=a"], lambda: torch.save(Bomb(), "a/ckpt.pt"), r"not a whole checkpoint"),
-    "a file for a folder": (["--out_dir=data/text/meta.json"], None, r"data/text/meta.json: File exists: .*--out_dir"),
+    "a file for a folder": (["--out_dir=data/text/meta.json"], None, r"meta.json: File exists: move it away, or use"),
     "a log on a full disk": (
-        ["--init_from=resume", "--out_dir=a", "--max_iters=5"], lambda: os.symlink("/dev/full", "a/log.csv.tmp"),
-        r"a: No space left on device: free some disk"),
+        ["--init_from=resume", "--out_dir=a", "--max_iters=5"],
+        lambda: os.symlink("/dev/full", f"a/log.csv.{os.getpid()}.tmp"),
+        r"No space left on device: free some disk"),
     "no such device": (["--device=cuda:7"], None, r"device cuda:7 cannot be used"),
     "no such release": (["--init_from=instuct"], None, r"did you mean instruct"),
 }  # fmt: skip
@@ -494,7 +565,7 @@ def test_a_full_disk(place, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     text = run("--out_dir=a", *RESUME)
     assert text.startswith("error: a/ckpt.pt could not be written") and "No space left" in text
-    assert Path("a/ckpt.pt").read_bytes() == before and not Path("a/ckpt.pt.tmp").exists()
+    assert Path("a/ckpt.pt").read_bytes() == before and sorted(os.listdir("a")) == ["ckpt.pt", "log.csv", "loss.png"]
 
 
 def test_out_of_memory(place, monkeypatch):

@@ -1,8 +1,8 @@
 """
-What this machine is best asked to do: the settings that depend on it, resolved by looking and measuring.
+Choose device, dtype and matmul precision for this machine, by asking it and by measuring.
 
     device = pick_device("auto")                            # cuda, else mps, else cpu
-    dtype, precision = pick_matmul("auto", "auto", device)  # how it multiplies matrices fastest
+    dtype, precision = pick_matmul("auto", "auto", device)  # the fastest way to multiply matrices here
     torch.set_float32_matmul_precision(precision)
     keep_memory()
     with autocast(device, dtype): ...
@@ -33,10 +33,10 @@ def pick_device(device, local_rank=0):
 def pick_matmul(dtype, precision, device):
     """
     How to multiply matrices: `dtype`, "float32" or "bfloat16" (weights stay fp32), and `precision`, torch's
-    float32_matmul_precision: "highest" or "medium", which on a CPU are two libraries, MKL and oneDNN.
+    float32_matmul_precision. On a CPU, "highest" and "medium" select two libraries, MKL and oneDNN.
 
-    "auto" asks a GPU, and times a CPU (0.2 s), for one CPU's bf16 is three times faster than its fp32 and
-    another's eight times slower. "medium" is taken only where its products are fp32's to rounding.
+    "auto" asks a GPU for what it supports and times a CPU (0.2 s): on one CPU bf16 is three times faster than fp32, on
+    another eight times slower. "medium" is chosen only if its results are fp32's up to rounding.
     """
     gpu_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     if dtype == "bfloat16" and device.startswith("cuda") and not gpu_bf16:
@@ -53,20 +53,20 @@ def pick_matmul(dtype, precision, device):
     a, b = torch.randn(256, 576, generator=generator), torch.randn(576, 1_536, generator=generator)
     exact, before = a.double() @ b.double(), torch.get_float32_matmul_precision()
     seconds = dict.fromkeys(ways, math.inf)
-    for way in ways * 8:  # in turn, the best of each: a busy moment then harms none
+    for way in ways * 8:  # in turn, and the best of each, so that a busy moment does not decide
         x, y = a.to(getattr(torch, way[0])), b.to(getattr(torch, way[0]))
         torch.set_float32_matmul_precision(way[1])
         start = time.perf_counter()
         product = x @ y
         elapsed = time.perf_counter() - start
-        if way[1] == "highest" or (product - exact).abs().max() < 1e-3:  # some CPUs' medium is bf16 within
+        if way[1] == "highest" or (product - exact).abs().max() < 1e-3:  # on some CPUs "medium" computes in bf16
             seconds[way] = min(seconds[way], elapsed)
     torch.set_float32_matmul_precision(before)
     return min(seconds, key=seconds.get)
 
 
 def autocast(device, dtype):
-    """The context in which matrix products are taken in `dtype`."""
+    """The context in which matrix products are computed in `dtype`."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.split(":")[0], torch.bfloat16)
@@ -74,21 +74,21 @@ def autocast(device, dtype):
 
 def keep_memory():
     """
-    Have malloc keep what is freed for the next iteration. As it comes, glibc hands large blocks back to the system,
-    which hands them out again one zeroed page at a time: a quarter of an iteration goes into that. Elsewhere than
-    on Linux with glibc this does nothing.
+    Make malloc keep freed memory for the next iteration. By default glibc returns large blocks to the system, which
+    zeroes their pages before it hands them out again: a quarter of an iteration's time. No effect outside Linux with
+    glibc.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own,
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate no block as a mapping of its own,
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink the heap
 
 
 def peak_memory(device):
-    """The most memory that this process held at any time, in GB: a GPU's, or what was resident."""
+    """Peak memory of this process in GB: allocated on a GPU, resident otherwise. NaN on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":  # which has no such count without another package
+    if sys.platform == "win32":  # it has no such count without another package
         return math.nan
     import resource
 
@@ -98,16 +98,16 @@ def peak_memory(device):
 
 def try_compiling(model, use, say):
     """
-    model.compile(), and `use()` to see that it works. Where it does not (no C++ compiler, say), one line and the
-    model as it was. Returns whether it is compiled.
+    model.compile(), then `use()` to see whether it works. If not (no C++ compiler, for example), say so in one line and
+    restore the eager model. Returns whether the model is compiled.
     """
     model.compile()
     try:
         use()
-    except Exception as error:  # a compiler fails in its own many ways
+    except Exception as error:  # a compiler can fail in many ways
         say(f"compile     not possible here ({type(error).__name__}: {str(error).splitlines()[0]}): eager instead")
         for block in model.model.layers:
             block._compiled_call_impl = None
-        del model.head  # the compiled one: the class's own is there again
+        del model.head  # the compiled one; the class's own method shows again
         return False
     return True

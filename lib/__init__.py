@@ -1,0 +1,20 @@
+"""
+What the scripts share, a room a subject. Rooms import no script, only each other, model.py and libraries.
+
+    dataset      data/<name>/: train.bin, val.bin, meta.json
+    batches      an array of token ids -> blocks of them, in a computed order
+    tokenizer    tokenizer.json -> tiktoken.Encoding; text <-> ids
+    chat         the Instruct releases' chat template
+    machine      device, dtype, matmul precision, memory, torch.compile
+    processes    one process or torchrun's, and the signals that stop them
+    checkpoint   ckpt.pt, its keys and versions
+    log          log.csv, loss.png, the closing summary
+    config_file  `name = value` files -> settings
+    files        files written whole, folders with one writer, sha256
+    errors       one line in place of a traceback
+    readers      people's files (text, .jsonl, .parquet, Hub datasets) -> documents
+    official     a release's name -> its files on this machine, hashes checked
+    weights      any weights -> model.SmolLM2; config.json in and out
+    gguf         .gguf files -> config, tensors, tokenizer.json
+    layouts      the same weights in another order of rows or heads
+"""

@@ -1,0 +1,121 @@
+"""
+What a run tells: the lines it opens and closes with, out/log.csv, and the curve drawn from it.
+
+    log, sync_log = open_log("out/log.csv", iter_num=0)   # on resume, later rows are cut off first
+    log(iter=10, loss=9.8, lr=3e-4)                       # one row; a metric not given stays empty
+    sync_log()                                            # all rows are on the disk, as safe as a checkpoint
+    plot_log("out/log.csv", "out/loss.png")
+
+A new metric is a name in COLUMNS and a value in train.py's call of log().
+"""
+
+import csv
+import os
+import statistics
+from pathlib import Path
+
+import torch
+
+from lib.files import written_whole
+from lib.machine import peak_memory
+
+COLUMNS = ["iter", "loss", "lr", "grad_norm", "val_loss", "ms", "tok_per_s"]
+
+
+def opening(config, meta, model, iter_num, world_size):
+    """What is about to happen, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters())
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    tokens = sequences * config.block_size
+    epochs = tokens * config.max_iters / meta["train"]["tokens"]
+    next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
+    lines = [
+        f"network     {parameters:,} parameters, {config.num_hidden_layers} blocks of {config.hidden_size}",
+        f"data        {config.dataset}: {meta['train']['tokens']:,} tokens to train on, {meta['val']['tokens']:,} to "
+        "evaluate",
+        f"iteration   {sequences} sequences x {config.block_size} = {tokens:,} tokens; {config.max_iters:,} iterations "
+        f"= {epochs:.2f} epochs",
+        f"machine     {config.device} x {world_size}, {torch.get_num_threads()} threads, {config.dtype} "
+        f"(fp32 products: {config.float32_matmul_precision}), {'compiled' if config.compile else 'eager'}",
+        f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}, then every {config.eval_interval}, "
+        "at the last one, and on Ctrl-C",
+    ]
+    return "\n".join(lines)
+
+
+def open_log(path, iter_num):
+    """
+    Two functions: log(**values) appends a row to log.csv, and sync_log() flushes all rows to the disk. First, the
+    file is cut back to what the checkpoint at iter_num had seen: rows of later iterations go, and so does the
+    evaluation that followed the save, because a resume repeats it. Columns this version does not know are kept.
+    """
+    columns, kept = COLUMNS, []
+    if iter_num > 0 and path.exists():
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            columns = COLUMNS + [name for name in reader.fieldnames or () if name not in COLUMNS]
+            for row in reader:
+                whole = None not in row and None not in row.values() and row.get("iter", "").isdigit()
+                if whole and int(row["iter"]) <= iter_num:
+                    if int(row["iter"]) < iter_num or not row.get("val_loss"):
+                        kept.append(row)
+    with written_whole(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    file = open(path, "a", newline="")
+
+    def log(**values):
+        csv.DictWriter(file, columns).writerow(values)
+        file.flush()
+
+    return log, lambda: os.fsync(file.fileno())
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_log(log_path, path):
+    """Draw training and validation loss by iteration, from log.csv."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_rows(log_path)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for column, label, style in (("loss", "train (one batch)", "-"), ("val_loss", "val", "o-")):
+        points = [(int(row["iter"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.set(xlabel="iteration", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
+def closing(out_dir, model, device, resumed_at):
+    """What happened, in a few lines: memory, first and last validation loss, train loss before and after a resume."""
+    rows = read_rows(out_dir / "log.csv")
+    lines = [f"parameters  {sum(p.numel() for p in model.parameters()):,}"]
+    lines.append(f"memory      {peak_memory(device):.2f} GB at most")
+    val = [(row["iter"], float(row["val_loss"])) for row in rows if row["val_loss"]]
+    if val:
+        lines += [f"val loss    {loss:.4f} at iteration {iter_num}" for iter_num, loss in (val[0], val[-1])]
+    if resumed_at is not None:
+        losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row["loss"]]
+        before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
+        after = [loss for iter_num, loss in losses if iter_num > resumed_at][:5]
+        for when, some in (("before", before), ("after", after)):
+            if len(some) > 1:
+                mean, error = statistics.mean(some), statistics.stdev(some) / len(some) ** 0.5
+                numbers = " ".join(f"{loss:.4f}" for loss in some)
+                lines.append(
+                    f"resume      train loss {when}: {numbers}, mean {mean:.2f} +- {error:.2f} (standard error)"
+                )
+    lines.append(f"files       {', '.join(str(out_dir / name) for name in ('ckpt.pt', 'log.csv', 'loss.png'))}")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Small networks that transformers made, with weights loud enough to be compared, and files that hold them."""
+
+import gguf
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.weights import find_weights, load_network, release_source
+
+LLAMA = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+def llama(seed=0, **changes):
+    """A small network of transformers, with weights loud enough to be compared."""
+    rope = {"rope_type": "default", "rope_theta": 20_000.0}
+    network = LlamaForCausalLM(LlamaConfig(**LLAMA | {"rope_parameters": rope} | changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        p.data.normal_(mean=float(p.dim() == 1), std=0.2, generator=generator)
+    return network
+
+
+def save(folder, network=None, **settings):
+    (network or llama()).save_pretrained(folder, **settings)
+    return folder
+
+
+def same_logits(release, network):
+    idx = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(load_network(release_source(release))(idx), network(idx).logits, atol=1e-4, rtol=0)
+
+
+def refusal(call, *args):
+    """The one line that ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1, message
+    return message
+
+
+KINDS = {kind.name: kind for kind in (
+    gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16,
+    gguf.GGMLQuantizationType.Q8_0,
+)}  # fmt: skip
+
+
+def permuted(weight, heads):
+    """llama.cpp's order of q and k rows, as its converter makes it."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
+    config = network.config
+    writer = gguf.GGUFWriter(path, "llama")
+    fields = dict(
+        vocab_size=config.vocab_size, embedding_length=config.hidden_size, block_count=config.num_hidden_layers,
+        feed_forward_length=config.intermediate_size, head_count=config.num_attention_heads,
+        head_count_kv=config.num_key_value_heads, rope_dimension_count=config.head_dim,
+        context_length=config.max_position_embeddings, rope_freq_base=config.rope_parameters["rope_theta"],
+        layer_norm_rms_eps=config.rms_norm_eps,
+    )  # fmt: skip
+    for name, value in (fields | dict(header)).items():
+        if name not in without:
+            getattr(writer, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, p in network.named_parameters():
+        values = p.detach().numpy()
+        if "q_proj" in name or "k_proj" in name:
+            values = permuted(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        matrix = KINDS[kind] if p.dim() == 2 else KINDS["F32"]  # as llama.cpp does: norms stay
+        writer.add_tensor(names.get_name(name, [".weight"]), gguf.quantize(values, matrix), raw_dtype=matrix)
+    for name, values in extra:
+        writer.add_tensor(name, values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def load(path):
+    """The network in a folder or a file, as any script would load it."""
+    return load_network(find_weights(str(path)))

@@ -1,0 +1,211 @@
+"""weights.py: config.json and safetensors as transformers writes them, and what bad files get."""
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from networks import llama, load, refusal, same_logits, save
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from lib.official import SHA256, find_release
+from lib.weights import (
+    config_from_json,
+    config_to_json,
+    find_weights,
+    load_network,
+    read_config,
+    read_settings,
+    release_tensors,
+)
+from model import PRESETS
+
+
+def test_the_official_config():
+    """Written out from what is known, proved by its pinned hash, read as the preset."""
+    config = dict(
+        architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=0,
+        eos_token_id=0, hidden_act="silu", hidden_size=576, initializer_range=0.041666666666666664,
+        intermediate_size=1536, is_llama_config=True, max_position_embeddings=8192, model_type="llama",
+        num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3, pretraining_tp=1, rms_norm_eps=1e-05,
+        rope_interleaved=False, rope_scaling=None, rope_theta=100000, tie_word_embeddings=True,
+        torch_dtype="bfloat16", transformers_version="4.40.1", use_cache=True, vocab_size=49152,
+    )  # fmt: skip
+    text = json.dumps(config, indent=2) + "\n"
+    assert hashlib.sha256(text.encode()).hexdigest() == SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
+    assert config_from_json(json.loads(text)) == PRESETS["135M"]
+
+
+@pytest.mark.parametrize("absent", [
+    ["num_key_value_heads"], ["head_dim"], ["rope_parameters"], ["rms_norm_eps"], ["max_position_embeddings"],
+    ["num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "max_position_embeddings"],
+])  # fmt: skip
+def test_absent_settings_are_what_transformers_takes(absent):
+    config = llama().config.to_dict()
+    for name in absent:
+        del config[name]
+    ours, theirs = read_settings(config), LlamaConfig(**config)
+    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "hidden_act"):
+        assert ours[name] == getattr(theirs, name), name
+    assert ours["rope_theta"] == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_config_json_is_read_as_it_was_written(preset):
+    written = config_to_json(PRESETS[preset], mlp_bias=False)
+    assert config_from_json(json.loads(json.dumps(written))) == PRESETS[preset]
+    assert LlamaConfig(**written).head_dim == PRESETS[preset].head_dim
+
+
+def test_folders_saved_by_transformers(tmp_path):
+    for i, changes in enumerate([{}, {"num_key_value_heads": 4, "head_dim": 16}, {"rms_norm_eps": 1e-3}]):
+        network = llama(seed=i, **changes)
+        release = find_release(str(save(tmp_path / str(i), network)))
+        assert "rope_parameters" in read_config(release.path)  # transformers 5
+        assert (release.source, release.revision) == ("folder", "none")
+        same_logits(release, network)
+
+
+def test_weights_keep_their_dtype_and_may_repeat_the_head(tmp_path):
+    network = llama().bfloat16()
+    release = find_release(str(save(tmp_path, network)))
+    assert {tensor.dtype for tensor in release_tensors(release).values()} == {torch.bfloat16}
+    tensors = release_tensors(release)
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
+    model = load(tmp_path)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert torch.equal(model.model.embed_tokens.weight, network.model.embed_tokens.weight.float())
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings beside the weights
+
+
+def test_settings_that_fit_any_tensors_may_change(tmp_path):
+    source = find_weights(str(save(tmp_path)))
+    network = load_network(source, replace(source.config, rope_theta=7.0, max_position_embeddings=9, rms_norm_eps=0.1))
+    assert (network.config.rope_theta, len(network.cos)) == (7.0, 9)
+    assert network.model.norm.eps == 0.1 and not torch.equal(network.cos, load_network(source).cos[:9])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", 128), ("num_hidden_layers", 1), ("num_attention_heads", 8), ("num_key_value_heads", 4),
+    ("head_dim", 16), ("intermediate_size", 97), ("vocab_size", 97),
+])  # fmt: skip
+def test_settings_of_another_shape_are_refused_by_name(name, value, tmp_path):
+    source = find_weights(str(save(tmp_path)))
+    message = refusal(load_network, source, replace(source.config, **{name: value}))
+    assert f"{name} is set to {value}" in message and f"has {getattr(source.config, name)}" in message
+
+
+# ---------------------------------------------------------------------------------------------
+# What bad input gets
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path(os.environ["BOMB"]),)
+
+
+def edited(folder, **changes):
+    """config.json with other values; None takes a key out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def in_weights(change):
+    def spoil(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def cut(name, n):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:n])
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def rope(**parameters):
+    return {"rope_parameters": parameters}
+
+
+LAYER = "model.layers.1.self_attn.q_proj.weight"
+SPOILT = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["no model.safetensors"]),
+    "cut in its header": (cut("model.safetensors", 100), ["model.safetensors", "not a whole safetensors file"]),
+    "cut in its tensors": (cut("model.safetensors", 90_000), ["model.safetensors", "not a whole safetensors file"]),
+    "empty": (cut("model.safetensors", 0), ["model.safetensors", "not a whole safetensors file"]),
+    "cut config": (cut("config.json", 100), ["config.json", "is not JSON"]),
+    "binary config": (write("config.json", b"\xff\xfe\x00"), ["config.json", "is not JSON"]),
+    "list for a config": (write("config.json", b"[1]"), ["config.json", "not an object"]),
+    "attention bias": (lambda folder: edited(folder, attention_bias=True), ["attention_bias = True"]),
+    "mlp bias": (lambda folder: edited(folder, mlp_bias=True), ["mlp_bias = True"]),
+    "gelu": (lambda folder: edited(folder, hidden_act="gelu"), ["hidden_act = gelu"]),
+    "untied": (lambda folder: edited(folder, tie_word_embeddings=False), ["tie_word_embeddings = False"]),
+    "other network": (lambda folder: edited(folder, model_type="qwen2"), ["model_type = qwen2"]),
+    "interleaved": (lambda folder: edited(folder, rope_interleaved=True), ["rope_interleaved = True"]),
+    "scaled, transformers 4": (
+        lambda folder: edited(folder, rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]
+    ),
+    "scaled, transformers 5": (
+        lambda folder: edited(folder, **rope(rope_type="llama3", rope_theta=1e4, factor=8.0)), ["rope", "llama3"]
+    ),
+    "no hidden size": (lambda folder: edited(folder, hidden_size=None), ["config.json has no hidden_size"]),
+    "heads that do not divide": (lambda folder: edited(folder, num_key_value_heads=3), ["num_key_value_heads (3)"]),
+    "heads in words": (lambda folder: edited(folder, num_attention_heads="four"), ["config.json"]),
+    "another width": (lambda folder: edited(folder, hidden_size=128), ["contradict its config", "size mismatch"]),
+    "fewer layers": (lambda folder: edited(folder, num_hidden_layers=1), ["contradict its config", "layers.1"]),
+    "a missing tensor": (in_weights(lambda tensors: tensors.pop(LAYER)), ["contradict its config", LAYER]),
+    "a tensor too many": (
+        in_weights(lambda tensors: tensors.update({LAYER.replace("weight", "bias"): torch.zeros(128)})),
+        ["contradict its config", "q_proj.bias"],
+    ),
+    "a transposed tensor": (
+        in_weights(lambda tensors: tensors.update({LAYER: tensors[LAYER].T.contiguous()})),
+        ["contradict its config", LAYER],
+    ),
+    "a head of its own": (
+        in_weights(lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 64)})), ["lm_head.weight", "ties"]
+    ),
+    "a head alone": (
+        in_weights(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")})),
+        ["embed_tokens"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_folder_gets_one_line(how, tmp_path):
+    spoil, words = SPOILT[how]
+    spoil(save(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    message = refusal(lambda: load(tmp_path))
+    for word in words:
+        assert word in message, (word, message)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.gguf", "config.json"])
+def test_a_pickle_executes_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    save(tmp_path / "folder")
+    (tmp_path / "folder" / name).write_bytes(pickle.dumps(Bomb()))
+    path = tmp_path / "folder" / name if name.endswith(".gguf") else tmp_path / "folder"
+    refusal(lambda: load(path))
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(pickle.dumps(Bomb()))  # it would have
+    assert (tmp_path / "exploded").exists()
