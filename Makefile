@@ -2,6 +2,7 @@
 # make test     lint and every test
 # make verify   discover the architecture, then hold model.py against the official weights
 # make bench    speed and memory beside transformers and this machine's limit: half an hour to an hour
+# make torture  kills, signals, full disks and damaged files, each a hundred times: about an hour
 # make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
 
 PYTHON ?= python3
@@ -11,12 +12,12 @@ PY := .venv/bin/python
 # (1.6 s per iteration instead of 3.3 or more, with one core of two taken by another program).
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: all setup test verify bench toy
+.PHONY: all setup test verify bench torture toy
 
 all: setup
 	$(PY) prepare_data.py
 	$(PY) verify.py --quick=True
-	$(PY) train.py config/nano.py
+	$(PY) train.py config/nano.py --overwrite=True
 	$(PY) train.py --init_from=resume --out_dir=out/nano --max_iters=2050
 	$(PY) sample.py --out_dir=out/nano --prompt="This module"
 
@@ -31,7 +32,7 @@ setup: .venv/done
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest --numprocesses=2
+	$(PY) -m pytest
 
 verify: setup
 	$(PY) discover.py
@@ -40,6 +41,9 @@ verify: setup
 bench: setup
 	$(PY) prepare_data.py
 	$(PY) bench.py
+
+torture: setup
+	$(PY) tests/torture.py
 
 toy: setup
 	$(PY) prepare_data.py

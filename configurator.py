@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import sys
 
 import tyro
@@ -24,10 +25,11 @@ from lib.errors import reject
 # Flags as in nanoGPT: --compile=True rather than --compile, underscores in names.
 TYRO = dict(config=(tyro.conf.FlagConversionOff,), use_underscores=True)
 
+PATHS = {"out_dir", "data_dir", "dataset", "init_from", "official", "weights", "ckpt", "to", "json"}  # ~ is expanded
 OTHER_NAMES = {  # what nanoGPT, or an earlier version of this project, calls a setting
-    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
-    "data_dir": "dataset", "always_save_checkpoint": "save_best", "start": "prompt",
-    "official": "init_from", "ckpt": "init_from", "checkpoint_blocks": "activation_checkpointing",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size", "start": "prompt",
+    "always_save_checkpoint": "save_best", "eval_only": "init_from", "official": "init_from", "ckpt": "init_from",
+    "checkpoint_blocks": "activation_checkpointing",
 }  # fmt: skip
 
 
@@ -65,14 +67,17 @@ def configure(cls, argv=None, saved=None):
         flags.append(("command line", name, value))
     said = settings + flags
 
-    config = apply(cls, {}, said)
-    return apply(cls, saved(config), said) if saved else config
+    config = apply(cls, said)
+    if saved:
+        below = [("the saved settings", name, str(value)) for name, value in saved(config).items()]
+        config = apply(cls, below + said)
+    return config
 
 
-def apply(cls, below, said):
-    """An instance of `cls`: its defaults, then the dict `below`, then each (where, name, value) that was said."""
+def apply(cls, said):
+    """An instance of `cls`: its defaults, then each (where, name, value) that was said."""
     known = {field.name: field for field in dataclasses.fields(cls)}
-    values = dict(below)
+    values = {}
     for where, name, value in said:
         if name not in known:
             near = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, n=1)
@@ -85,6 +90,8 @@ def apply(cls, below, said):
         except SystemExit:
             kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).removeprefix("typing.")
             reject(f"{where}: {name}={value} does not fit: {name} is {kind}, for example {field.default!r}")
+        if name in PATHS:
+            values[name] = os.path.expanduser(values[name])
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:  # two settings that contradict each other

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import configure
-from lib.errors import first_line
+from lib.errors import first_line, one_line_errors, way_out
 from lib.files import put_in_place, temporary
 from lib.tokenizer import END_OF_TEXT, tokenizer_json
 from lib.weights import config_to_json, find_weights, load_network
@@ -91,6 +91,7 @@ def check_logits_are_llamas(model, folder):
     return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
 
 
+@one_line_errors("close other programs, or use a larger machine")
 def main(config):
     folder = Path(config.to or Path(config.out_dir) / "export")
     if folder.exists():
@@ -117,7 +118,9 @@ def main(config):
         (unfinished / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
         compared = check_logits_are_llamas(load_network(find_weights(str(unfinished))), unfinished)
         put_in_place(unfinished, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        sys.exit(f"error: {folder} could not be written ({first_line(error)}): {way_out(error)} with --to=")
+    except SafetensorError as error:  # its own error of a full disk
         sys.exit(f"error: {folder} could not be written ({first_line(error)}): free some disk, or use another --to=")
     finally:
         with suppress(OSError):

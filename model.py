@@ -14,6 +14,7 @@ V vocabulary, S positions held in the KV cache.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -37,7 +38,20 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5  # added under the root of RMSNorm
     initializer_range: float = 1 / 24  # standard deviation of the initial weights
 
+    LIMITS: ClassVar = {  # smallest and largest value of each number, wherever it comes from
+        "vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**20),
+        "num_hidden_layers": (1, 1_000), "num_attention_heads": (1, 1_000), "num_key_value_heads": (1, 1_000),
+        "head_dim": (2, 2**16), "max_position_embeddings": (1, 2**24), "rope_theta": (1.0, 1e12),
+        "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 100.0),
+    }  # fmt: skip
+
     def __post_init__(self):
+        for name, (low, high) in self.LIMITS.items():
+            value, whole = getattr(self, name), type(low) is int
+            numbers = (int,) if whole else (int, float)
+            if type(value) not in numbers or not low <= value <= high:  # NaN is in no range
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{name} is {value!r}: it must be {kind} from {low:g} to {high:g}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

@@ -3,10 +3,12 @@ Text goes in; data/<name>/train.bin, val.bin and meta.json come out.
 
     python prepare_data.py                                                 # Python's own standard library
     python prepare_data.py --dataset=my/notes.txt                          # a file, folder or glob: data/notes/
+    python prepare_data.py --dataset=~/linux --suffixes=.c,.h              # these suffixes are plain text, too
     python prepare_data.py --dataset=roneneldan/TinyStories --max_documents=100000      # streamed from the Hub
 
-lib/readers.py reads the files, and lib/dataset.py says what is in the three that come out. Text is read, cut and
-encoded a few hundred kB at a time, so memory does not grow with the length of a document or the size of the corpus.
+lib/folders.py finds the files, lib/readers.py reads them, and lib/dataset.py says what is in the three that come out.
+Text is read, cut and encoded a few hundred kB at a time, so memory does not grow with the length of a document or the
+size of the corpus.
 """
 
 import collections
@@ -22,17 +24,20 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import configure, reject
+from lib.decoding import COMPRESSED, CONVERT, decompressed_name
 from lib.errors import first_line
 from lib.files import owned_folder, written_whole
-from lib.readers import CHUNK, ROWS, SUFFIXES, documents
+from lib.folders import left_out_line, literal_part, matches, text_files, walk
+from lib.readers import CHUNK, ROWS, SUFFIXES, documents, format_of
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 
@@ -40,15 +45,19 @@ from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_arra
 class PrepareConfig:
     """Turn text into token ids. Without flags: this Python's standard library, about 12 MB, no network needed."""
 
-    dataset: str = "python"  # python, shakespeare, a .txt .md .py .jsonl .parquet file, folder, glob, or Hub org/name
+    dataset: str = "python"  # python, shakespeare, a file of text or rows, a folder, a glob, or a Hub dataset org/name
     name: str = ""  # the folder to write under data_dir; by default the dataset's own name, or the path's stem
     data_dir: str = "data"  # the folder that holds all datasets; train.py reads data/
     val_fraction: float = 0.1  # share of the documents held out for validation, between 0 and 1
     official: str = "base"  # the release whose tokenizer is used; all SmolLM2 releases share one
-    text_column: str = "text"  # the column of .jsonl, .parquet and Hub datasets that holds the text
+    suffixes: str = (
+        ""  # further suffixes that are plain text: .c,.h,.rs or all, which takes every text file of a folder
+    )
+    text_column: str = "text"  # the column of .jsonl, .csv, .parquet, ... and Hub datasets that holds the text
     subset: str = ""  # Hub: the dataset's configuration, if it has several
     split: str = "train"  # Hub: which split to read; train.bin and val.bin are both made from it
     max_documents: int | None = None  # stop after this many documents, for a corpus larger than the disk
+    overwrite: bool = False  # replace a dataset of the same name that was made from another text
 
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -61,37 +70,47 @@ PEEK = 1_000  # documents: read at most this many ahead, to see whether both tra
 # Which files
 
 
+class Source(NamedTuple):
+    name: str  # of the dataset, if --name= says nothing else
+    what: str  # it is, for people
+    identity: str  # which text it is: two with the same name and another identity would overwrite each other
+    files: list | None  # of Path; None for a Hub dataset
+    left_out: dict  # what is in the folder, or matches the glob, and is not read: {kind: count}
+
+
 def find_source(config):
-    """(name, description, list of Path) of the dataset. For a Hub dataset the list is None."""
+    """The Source that --dataset= names."""
     dataset = config.dataset
     if dataset == "python":
-        return dataset, f"the standard library of Python {platform.python_version()}", standard_library()
-    if dataset == "shakespeare":
-        return dataset, f"tiny shakespeare, {SHAKESPEARE_URL}", []  # its one file is downloaded later
-    path = Path(dataset).expanduser()
+        what = f"the standard library of Python {platform.python_version()}"
+        return Source(dataset, what, dataset, standard_library(), {})
+    if dataset == "shakespeare":  # its one file is downloaded later
+        return Source(dataset, f"tiny shakespeare, {SHAKESPEARE_URL}", dataset, [], {})
+    path = Path(dataset)
+    kind = format_of(path, config.suffixes)
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            reject(f"{dataset}: not a {' '.join(SUFFIXES)} file: rename it, or convert it to .txt")
-        return path.stem, dataset, [path]
+        if kind in CONVERT:
+            command = CONVERT[kind].format(file=path, name=path.stem)
+            reject(f"{dataset}: a {kind} file is not plain text: convert it with {command}")
+        return Source(decompressed_name(path).stem, dataset, str(path.resolve()), [path], {})
     if dataset and path.is_dir():
-        # Hidden files and folders, such as .git, are skipped: they are not the user's text.
-        files = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        return path.resolve().name, dataset, text_files(files, dataset)
+        name, identity, left_out = path.resolve().name, str(path.resolve()), collections.Counter()
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return Source(name, f"{dataset}, split {config.split}", f"{identity}, split {config.split}", [path], {})
+        files = text_files(walk(path, left_out), dataset, config.suffixes, left_out)
+        return Source(name, dataset, identity, files, left_out)
     if glob.has_magic(dataset):
-        folder = os.path.dirname(dataset[: re.search(r"[*?[]", dataset).start()])
-        return Path(folder).resolve().name, dataset, text_files(map(Path, glob.glob(dataset, recursive=True)), dataset)
-    if path.suffix.lower() not in SUFFIXES and re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset, re.ASCII):
+        folder, left_out = literal_part(path), collections.Counter()
+        named = "" if path.suffix.lower() in SUFFIXES else f",{path.suffix}"  # src/*.c says that .c is text
+        files = text_files(matches(path, folder, left_out), dataset, config.suffixes + named, left_out)
+        return Source(folder.resolve().name, dataset, os.path.abspath(dataset), files, left_out)
+    if kind not in SUFFIXES and re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset, re.ASCII):
         of = f"{config.subset}, split {config.split}" if config.subset else f"split {config.split}"
-        return dataset.split("/")[1], f"Hub dataset {dataset}, {of}", None
+        what = f"Hub dataset {dataset}, {of}"
+        return Source(dataset.split("/")[1], what, what, None, {})
     near = get_close_matches(dataset, ("python", "shakespeare"), n=1)
     names = "name python, shakespeare, a file, folder or glob, or a Hub dataset org/name"
     reject(f"dataset={dataset}: no such dataset or path: {f'did you mean {near[0]}?' if near else names}")
-
-
-def text_files(paths, dataset):
-    """Those of the paths that lib/readers.py can read, sorted, because the order of a folder's files is arbitrary."""
-    files = sorted({p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()}, key=Path.as_posix)
-    return files or reject(f"{dataset}: no {' '.join(SUFFIXES)} file in it: name another place")
 
 
 def standard_library():
@@ -99,7 +118,7 @@ def standard_library():
     library = Path(os.__file__).parent
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = (p for p in library.rglob("*.py") if others.isdisjoint(p.relative_to(library).parts))
-    return text_files(files, f"the standard library ({library})")
+    return text_files(files, f"the standard library ({library})", "", {})
 
 
 def fetch_shakespeare(path):
@@ -152,15 +171,20 @@ def pieces(stream, val_fraction, sources):
         held_out = place(document) < val_fraction
         # Characters before `border` go to train, the others to val.
         border = int(document.chars * (1 - val_fraction)) if alone else 0 if held_out else document.chars
-        seen = 0
+        seen, digest = 0, hashlib.sha256()
         with document.open() as file:
             for text in cut(file):
+                if document.path:
+                    digest.update(text.encode())
                 at = border - seen
                 seen += len(text)
                 if 0 < at < len(text) and (match := LAST_SAFE_CUT.match(text, 0, at + 1)):
                     at = match.end()
                 yield "train", text[: max(at, 0)]
                 yield "val", text[max(at, 0) :]
+        if document.path and digest.digest() != document.sha256:
+            said = f"it had {document.chars:,} characters when first read, then {seen:,}"
+            sys.exit(f"error: {document.path}: changed while it was read, {said}: run again when nobody writes to it")
         if alone or not held_out:
             yield "train", None
         if alone or held_out:
@@ -264,7 +288,8 @@ def write_dataset(folder, config, files, encoding, meta):
     leaves the earlier dataset untouched, unless it comes during the renames. Even then meta.json never lies: the old
     one is removed before the renames, and the new one is renamed last.
     """
-    plain = files and config.max_documents is None and not any(file.suffix.lower() in ROWS for file in files)
+    rows = {*ROWS, *COMPRESSED}
+    plain = files and config.max_documents is None and not any(file.suffix.lower() in rows for file in files)
     total = sum(file.stat().st_size for file in files) if plain else None
     sources = meta["sources"] | {"sha256": hashlib.sha256()}  # of the documents' sha256s, in order
     sources |= {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
@@ -303,12 +328,42 @@ def table(counts):
     return "\n".join(lines)
 
 
+def notes(sources, column):
+    """What happened to the text on its way, as lines of text."""
+    for encoding, found in sources.get("encodings", {}).items():
+        others = f" and {found['files'] - 1:,} more" if found["files"] > 1 else ""
+        yield f"read as {encoding}: {found['first']}{others}"
+    if sources["left_out"]:
+        yield left_out_line(sources["left_out"])
+    if lacking := sources.get("rows_without_column"):
+        yield f"note: {lacking:,} rows without a column {column} were left out: {sources['first_without_column']}"
+    if sources["empty_documents"]:
+        yield f"note: {sources['empty_documents']:,} empty documents were left out"
+    if bad := sources["undecodable_bytes"]:
+        yield f"note: {bad:,} bytes that cannot be decoded became U+FFFD, the first in {sources['first_undecodable']}"
+
+
+def refuse_other_text(folder, meta):
+    """End the program with one line if the dataset in `folder` was made from another text than this one."""
+    try:
+        earlier = json.loads((folder / "meta.json").read_bytes())["sources"]
+        same = earlier.get("identity") == meta["sources"]["identity"]
+        if same or "identity" not in earlier and earlier["what"] == meta["sources"]["what"]:  # made before identities
+            return
+        what = earlier.get("identity", earlier["what"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return  # there is no dataset, or none that could be used
+    name = re.sub(r"[^\w.-]+", "_", f"{Path(meta['sources']['identity']).parent.name}_{meta['name']}").strip("_")
+    reject(f"{folder} was made from another text, {what}: give --name={name}, or replace it with --overwrite=True")
+
+
 def main(config):
     if not 0 < config.val_fraction < 1:
         reject(f"val_fraction={config.val_fraction}: not between 0 and 1: give a share, for example 0.1")
     if config.max_documents is not None and config.max_documents < 1:
         reject(f"max_documents={config.max_documents}: no document would be left: give 1 or more")
-    name, what, files = find_source(config)
+    config = replace(config, dataset=os.path.expanduser(config.dataset), data_dir=os.path.expanduser(config.data_dir))
+    name, what, identity, files, left_out = find_source(config)
     name = config.name or name
     if name in ("", ".", "..") or re.search(r'[/\\:*?"<>|\0]', name):
         reject(f"name={name!r}: cannot be a folder in {config.data_dir}: give a plain one, for example --name=notes")
@@ -322,10 +377,16 @@ def main(config):
 
     folder = Path(config.data_dir) / name
     meta = {"name": name, "dtype": "uint16", "vocab_size": VOCAB_SIZE}
-    meta |= {"tokenizer": config.official, "tokenizer_sha256": sha256, "sources": {"what": what}}
+    meta |= {
+        "tokenizer": config.official,
+        "tokenizer_sha256": sha256,
+        "sources": {"what": what, "identity": identity, "left_out": left_out},
+    }
     started = time.perf_counter()
     try:
         with owned_folder(folder, "name"):
+            if not config.overwrite:
+                refuse_other_text(folder, meta)
             if config.dataset == "shakespeare":
                 files = [folder / "input.txt"]
                 fetch_shakespeare(*files)
@@ -339,14 +400,11 @@ def main(config):
         )
     seconds = time.perf_counter() - started
 
-    sources = meta["sources"]
-    if sources["empty_documents"]:
-        print(f"note: {sources['empty_documents']:,} empty documents were left out")
-    if bad := sources["undecodable_bytes"]:
-        print(f"note: {bad:,} bytes that are not UTF-8 became U+FFFD, the first in {sources['first_undecodable']}")
     train, val = meta["train"], meta["val"]
     both = {key: train[key] + val[key] for key in ("documents", "tokens", "bytes")}
     print(table({"train": train, "val": val, "both": both}))
+    for line in notes(meta["sources"], config.text_column):
+        print(line)
     speed = f"{both['tokens'] / seconds:,.0f} tokens/s, {both['bytes'] / 1e6 / seconds:.1f} MB/s"
     print(f"{folder}: {seconds:.1f} s, {speed}")
 

@@ -16,6 +16,7 @@ import torch
 
 from configurator import configure
 from lib.chat import chat_ids
+from lib.errors import one_line_errors
 from lib.machine import pick_device, pick_matmul, try_compiling
 from lib.tokenizer import END_OF_TEXT, encode, load_tokenizer
 from lib.weights import find_weights, load_network
@@ -40,6 +41,7 @@ class SampleConfig:
     compile: bool = False  # several seconds to start, then three times as fast: for long texts
 
 
+@one_line_errors("use --dtype=bfloat16, a shorter prompt or fewer samples")
 def main(config):
     device = pick_device(config.device)
     dtype, precision = pick_matmul(config.dtype, "auto", device)

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from configurator import configure, differences
 from lib.batches import get_blocks, mix
-from lib.checkpoint import keep_earlier_run, read_checkpoint, write_checkpoint
+from lib.checkpoint import check_state, keep_or_overwrite, read_checkpoint, write_checkpoint
 from lib.dataset import open_data
 from lib.errors import one_line_errors
 from lib.files import owned_folder
-from lib.log import closing, open_log, opening, plot_log
+from lib.log import closing, open_log, opening, plot_log, printer
 from lib.machine import autocast, keep_memory, pick_matmul, try_compiling
-from lib.processes import end_processes, note_signals, start_processes
+from lib.processes import end_on_signals, end_processes, note_signals, start_processes
 from lib.tokenizer import END_OF_TEXT, encode, load_tokenizer
 from lib.weights import check_shapes, checkpoint_config, find_weights, load_network
 from model import ModelConfig, SmolLM2
@@ -44,8 +44,10 @@ class TrainConfig(ModelConfig):
 
     # input and output; the network's own settings are ModelConfig's
     out_dir: str = "out"  # ckpt.pt, log.csv and loss.png go here
-    dataset: str = "python"  # reads data/<dataset>/, as prepare_data.py wrote it
+    dataset: str = "python"  # reads <data_dir>/<dataset>/, as prepare_data.py wrote it
+    data_dir: str = "data"  # where prepared datasets are
     init_from: str = "scratch"  # scratch, resume, or weights alone: a release's name, a folder, a .gguf, a ckpt.pt
+    overwrite: bool = False  # start over in an out_dir that holds an earlier run, which is then lost
     # batch: batch_size * gradient_accumulation_steps sequences of block_size tokens per iteration
     batch_size: int = 4  # sequences at once in one process: as many as fit in memory
     block_size: int = 256  # tokens per sequence
@@ -61,7 +63,7 @@ class TrainConfig(ModelConfig):
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warmup, stable, then linear decay
     warmup_iters: int = 200  # linear warmup from 0 to learning_rate
     lr_decay_iters: int = 5_000  # min_lr from here on; a setting of its own, so max_iters does not bend the curve
-    min_lr: float = 3e-5  # a tenth of learning_rate is usual
+    min_lr: float | None = None  # the lowest, at the end; by default a tenth of learning_rate
     wsd_decay_iters: int = 500  # wsd only: length of the decay, which ends at lr_decay_iters
     # logging, evaluation, sampling
     log_interval: int = 10  # iterations between log lines
@@ -79,11 +81,22 @@ class TrainConfig(ModelConfig):
     compile: bool = False  # torch.compile each block: slower to start, faster to run
     activation_checkpointing: bool = False  # store only each block's input, recompute the rest in backward
 
+    LIMITS: ClassVar = ModelConfig.LIMITS | {
+        "batch_size": (1, 2**24), "block_size": (1, 2**24), "gradient_accumulation_steps": (1, 2**24),
+        "max_iters": (1, 10**12), "learning_rate": (0.0, 100.0), "weight_decay": (0.0, 100.0), "beta1": (0.0, 0.999999),
+        "beta2": (0.0, 0.999999), "grad_clip": (0.0, 1e9), "warmup_iters": (0, 10**12), "lr_decay_iters": (0, 10**12),
+        "wsd_decay_iters": (0, 10**12), "log_interval": (1, 10**12), "eval_interval": (1, 10**12),
+        "eval_iters": (1, 10**9), "sample_interval": (0, 10**12), "sample_tokens": (1, 10**6), "seed": (0, 2**63),
+    }  # fmt: skip
+
     def __post_init__(self):
         super().__post_init__()
-        for name in "batch_size block_size gradient_accumulation_steps log_interval eval_interval eval_iters".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        if not 0 <= lowest <= self.learning_rate:
+            raise ValueError(
+                f"min_lr is {lowest:g}: it must lie between 0 and learning_rate ({self.learning_rate:g}), "
+                f"for example --min_lr={self.learning_rate / 10:g}"
+            )
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
                 f"block_size {self.block_size} is longer than the context: "
@@ -102,7 +115,8 @@ def get_lr(config, iter_num):
     else:
         left = (config.lr_decay_iters - iter_num) / max(1, config.wsd_decay_iters)
         share = min(1.0, max(0.0, left))
-    return config.min_lr + share * (config.learning_rate - config.min_lr)
+    min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    return min_lr + share * (config.learning_rate - min_lr)
 
 
 def saved_settings(config):
@@ -158,18 +172,19 @@ def load_state(checkpoint, config, model, optimizer, scheduler):
 
 def train(config):
     # ---- Processes: one, or as many as torchrun started. Rank 0 prints and writes.
+    end_on_signals()
     rank, world_size, device = start_processes(config.device)
     bar = tqdm(total=config.max_iters, disable=True if rank else None, unit="it", dynamic_ncols=True)
-
-    say = bar.write if rank == 0 else lambda text: None
+    say = printer(bar) if rank == 0 else lambda text: None
 
     # ---- Settings and data
     config = resolve(config, device, world_size)
     torch.set_float32_matmul_precision(config.float32_matmul_precision)
     keep_memory()
-    train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size)
+    train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size, config.data_dir)
     data_sha256 = {split: meta[split]["sha256"] for split in ("train", "val")}
     tokenizer = dict(official=meta.get("tokenizer", "base"), sha256=meta.get("tokenizer_sha256"))
+    machine = dict(threads=torch.get_num_threads(), processes=world_size)
     out_dir = Path(config.out_dir)
     ckpt_path, log_path = out_dir / "ckpt.pt", out_dir / "log.csv"
 
@@ -186,6 +201,7 @@ def train(config):
             )
         config = replace(config, init_from=saved["init_from"])  # keep on record how the run began
         model, optimizer, scheduler = build_state(config, device, source=None)
+        check_state(ckpt_path, checkpoint, model, optimizer)
         load_state(checkpoint, config, model, optimizer, scheduler)
         resumed_at = iter_num
         if iter_num < config.max_iters:
@@ -195,8 +211,12 @@ def train(config):
             say(f"for more: python train.py --init_from=resume --out_dir={out_dir} --max_iters={iter_num + 50}")
         for line in differences(saved, asdict(config)):
             say(f"    {line}")
+        for name, count in checkpoint["machine"].items():
+            if count != machine.get(name):
+                say(f"note: {machine.get(name)} {name}, {count} before: the run continues, but its bits may differ")
         del checkpoint  # a second set of weights and moments need not stay in memory
     else:
+        keep_or_overwrite(out_dir, config.overwrite)
         source = None if config.init_from == "scratch" else find_weights(config.init_from)
         say(source.about if source else f"a new network, from seed {config.seed}")
         model, optimizer, scheduler = build_state(config, device, source)
@@ -242,21 +262,21 @@ def train(config):
 
     def save(name, **state):
         checkpoint = dict(model=model.state_dict(), iter_num=iter_num, best_val_loss=best_val_loss)
-        checkpoint |= dict(config=asdict(config), data=data_sha256, tokenizer=tokenizer)
+        checkpoint |= dict(config=asdict(config), data=data_sha256, tokenizer=tokenizer, machine=machine)
         write_checkpoint(out_dir / name, checkpoint | state)
 
-    # ---- The log, and before its first line: what is about to happen
-    stop_signals = note_signals()  # Ctrl-C and SIGTERM stop the run after the current iteration, with a save
+    # ---- The log, and before its first line what is about to happen
     sequences = config.batch_size * config.gradient_accumulation_steps  # per iteration, in all processes together
     tokens = sequences * config.block_size
     if rank == 0:
         encoding = load_tokenizer(**tokenizer) if config.sample_interval else None
-        if iter_num == 0:
-            keep_earlier_run(out_dir, say)
-        log, sync_log = open_log(log_path, iter_num)
+        if encoding and len(encode(encoding, config.sample_prompt)) > config.max_position_embeddings:
+            sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
+        log, sync_log = open_log(log_path, iter_num, config.log_interval, say)
     say(opening(config, meta, model, iter_num, world_size))
 
     # ---- The loop
+    stop_signals = note_signals()  # from here on, Ctrl-C and SIGTERM stop the run after the iteration, with a save
     bar.n = iter_num
     seconds, last_logged = 0.0, iter_num
     while True:
@@ -270,7 +290,7 @@ def train(config):
             say(f"iter {iter_num:6d} | val loss {val_loss:.4f} nats/token = {bits:.4f} bits/byte{note}")
             if rank == 0:
                 log(iter=iter_num, val_loss=val_loss)
-                plot_log(log_path, out_dir / "loss.png")
+                plot_log(log_path, out_dir / "loss.png", say)
                 if best and config.save_best:
                     save("best.pt")
         if rank == 0 and config.sample_interval and (iter_num % config.sample_interval == 0 or done):
@@ -353,11 +373,8 @@ def main(config):
         f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps "
         f"({config.gradient_accumulation_steps}) as much, or lower block_size ({config.block_size})"
     )
-    writes = os.environ.get("RANK", "0") == "0"
-    with (
-        one_line_errors(config.out_dir, for_memory),
-        owned_folder(config.out_dir, "out_dir") if writes else nullcontext(),
-    ):
+    owned = owned_folder(config.out_dir, "out_dir") if os.environ.get("RANK", "0") == "0" else nullcontext()
+    with one_line_errors(for_memory, config.out_dir), owned:
         sys.exit(train(config))
 
 

@@ -17,7 +17,6 @@ batch_size = 4
 block_size = 64
 max_iters = 2000
 learning_rate = 3e-3
-min_lr = 3e-4
 warmup_iters = 100
 lr_decay_iters = 2000
 eval_interval = 250

@@ -9,7 +9,6 @@ max_position_embeddings = 128  # as long as the training sequences; longer sampl
 
 max_iters = 5000
 learning_rate = 6e-4
-min_lr = 6e-5
 warmup_iters = 200
 lr_decay_iters = 5000
 

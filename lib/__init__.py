@@ -12,7 +12,9 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     config_file  `name = value` files -> settings
     files        files written whole, folders with one writer, sha256
     errors       one line in place of a traceback
-    readers      people's files (text, .jsonl, .parquet, Hub datasets) -> documents
+    folders      a folder or glob -> the files to read, and what is left out
+    readers      people's files (text, rows of many formats, Hub datasets) -> documents
+    decoding     a file's bytes -> text: compression, encodings, binaries named
     official     a release's name -> its files on this machine, hashes checked
     weights      any weights -> model.SmolLM2; config.json in and out
     gguf         .gguf files -> config, tensors, tokenizer.json

@@ -13,43 +13,94 @@ The keys of meta.json:
     train, val           of each .bin: tokens, bytes of text, documents, sha256
 """
 
-import json
+import hashlib
+import reprlib
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from lib.files import sha256_of
+from lib.files import read_json
+
+TRUSTED = 2**30  # bytes: a larger .bin is sampled, because reading it all would take longer than a second
+SAMPLES, BLOCK = 64, 2**20  # that many blocks of that many bytes
 
 
-def open_data(dataset, vocab_size, block_size):
+def open_data(dataset, vocab_size, block_size, data_dir="data"):
     """
     Open data/<dataset>/ as (train, val, meta): two memory-mapped arrays of uint16, and the dict in meta.json.
     Ends the program with one line if the files disagree, have less than one block, or need a larger vocab_size.
     """
-    folder = Path("data") / dataset
-    way_out = f"run python prepare_data.py --dataset={dataset}"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in ("train", "val")}
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} does not exist: {way_out}")
-    except (ValueError, NotADirectoryError) as error:
-        sys.exit(f"error: {folder / 'meta.json'} cannot be read ({error}): {way_out}")
-    if meta.get("dtype") != "uint16" or meta.get("vocab_size", 0) > vocab_size:
-        said = f"dtype {meta.get('dtype')} and vocab_size {meta.get('vocab_size')}"
-        sys.exit(f"error: {folder}/meta.json has {said}, not uint16 and at most {vocab_size}: {way_out}")
+    folder = Path(data_dir) / dataset
+    built_in = dataset in ("python", "shakespeare")
+    way_out = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={dataset}'}"
+    meta = read_json(folder / "meta.json", way_out)
+    what = meta["sources"].get("what") if isinstance(meta.get("sources"), dict) else None
+    if isinstance(what, str) and not built_in:
+        way_out = f"prepare it again with --name={dataset}, from {what.splitlines()[0] if what else 'its text'}"
+    check_meta(meta, folder / "meta.json", vocab_size, way_out)
     arrays = []
-    for split, size in sizes.items():
-        path = folder / f"{split}.bin"
-        if size != 2 * meta[split]["tokens"]:
-            sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {meta[split]['tokens']} tokens: {way_out}")
-        if size < 2**30 and sha256_of(path) != meta[split]["sha256"]:  # takes about a second; larger files are trusted
+    for split in ("train", "val"):
+        path, tokens = folder / f"{split}.bin", meta[split]["tokens"]
+        if not path.is_file():  # a pipe would wait for a writer, for ever
+            sys.exit(f"error: {path} {'is not a file' if path.exists() else 'does not exist'}: {way_out}")
+        size = path.stat().st_size
+        if size != 2 * tokens:
+            sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {tokens} tokens: {way_out}")
+        sha256, largest = read_through(path) if size < TRUSTED else (meta[split]["sha256"], sampled_largest(path))
+        if sha256 != meta[split]["sha256"]:
             sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
-        if size < 2 * (block_size + 1):
+        if largest >= meta["vocab_size"]:
             sys.exit(
-                f"error: {path} holds {size // 2} tokens, fewer than one block of {block_size} + 1: "
+                f"error: {path} holds the id {largest}, but meta.json has vocab_size {meta['vocab_size']}: {way_out}"
+            )
+        if tokens < block_size + 1:
+            sys.exit(
+                f"error: {path} holds {tokens} tokens, fewer than one block of {block_size} + 1: "
                 "lower block_size, or prepare more text"
             )
         arrays.append(np.memmap(path, dtype="<u2", mode="r"))
     return *arrays, meta
+
+
+def check_meta(meta, path, vocab_size, way_out):
+    """End the program with one line if meta.json lacks a key that train.py needs, or has a wrong value there."""
+
+    def wrong(name, value, wanted):
+        sys.exit(f"error: {path} has {name} {reprlib.repr(value)}, not {wanted}: {way_out}")
+
+    def whole(value):
+        return type(value) is int and 0 < value < 2**62
+
+    dtype, ids = meta.get("dtype"), meta.get("vocab_size")
+    if dtype != "uint16" or not whole(ids) or ids > vocab_size:
+        said = dtype if dtype in ("uint16", "uint32") else reprlib.repr(dtype)
+        wrong(f"dtype {said} and vocab_size", ids, f"uint16 and at most {vocab_size}")
+    for name in ("tokenizer", "tokenizer_sha256"):
+        if not isinstance(meta.get(name, ""), str):
+            wrong(name, meta[name], "a name")
+    for split in ("train", "val"):
+        counts = meta.get(split)
+        if not isinstance(counts, dict):
+            wrong(split, counts, "counts of its tokens and bytes")
+        for name in ("tokens", "bytes"):
+            if not whole(counts.get(name)):
+                wrong(f"{split} {name}", counts.get(name), "a number above 0")
+        if not isinstance(counts.get("sha256"), str):
+            wrong(f"{split} sha256", counts.get("sha256"), "a checksum")
+
+
+def read_through(path):
+    """(sha256, largest id) of a .bin."""
+    digest, largest = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            largest = max(largest, int(np.frombuffer(block, "<u2").max()))
+    return digest.hexdigest(), largest
+
+
+def sampled_largest(path):
+    """The largest id in blocks spread evenly over a .bin, from its first to its last."""
+    data, n = np.memmap(path, dtype="<u2", mode="r"), BLOCK // 2
+    return max(int(data[start : start + n].max()) for start in np.linspace(0, len(data) - n, SAMPLES, dtype=int))

@@ -3,11 +3,13 @@ What a command that fails says: one line that names the thing, the cause and a w
 
     reject("--rows=speed: there is no such row")                 # exit code 2: the command was wrong
     sys.exit("error: out/ckpt.pt does not exist: train first")   # exit code 1: the run failed
-    with one_line_errors("out", "lower batch_size"): ...         # the same for a full disk and for memory
+    with one_line_errors("lower batch_size", "out"): ...         # the same for memory and for a full disk
 """
 
 import contextlib
 import errno
+import os
+import re
 import sys
 
 
@@ -23,20 +25,49 @@ def first_line(error):
     return text.splitlines()[0].split(" (Request ID")[0].rstrip(".:")
 
 
+def silence_stdout():
+    """Send standard output to nowhere, after its reader has gone: not even Python's own exit may trip over it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
-def one_line_errors(folder, for_memory):
+def one_line_errors(for_memory, folder="output"):
     """
-    End the program with one line where the block runs out of memory or cannot write to `folder`. for_memory: what to do
-    about memory. Other errors pass through, because they are bugs.
+    End the program with one line where the block runs out of memory, cannot write to `folder`, or loses another process
+    of the run, and quietly where the reader of its output has gone. for_memory: what to do about memory. Other errors
+    pass through, because they are bugs.
     """
     try:
         yield
+    except BrokenPipeError:
+        silence_stdout()
+        sys.exit(141)  # as a shell reports SIGPIPE
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        in_the_way = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-        way_out = "free some disk, or " if full else "move it away, or " if in_the_way else ""
-        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}: {way_out}use another folder")
-    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        sys.exit(f"error: out of memory: {for_memory}")
+        if error.errno == errno.ENOMEM:
+            sys.exit(f"error: out of memory: {for_memory}")
+        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}: {way_out(error)}")
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, f"{type(error).__name__} {text}"):
+            sys.exit(f"error: out of memory ({first_line(error)[:200]}): {for_memory}")
+        if lost := re.search(LOST_PROCESS, text):
+            sys.exit(
+                f"error: another process of this run ended ({lost[0]}): "
+                f"run the same command with --init_from=resume --out_dir={folder}"
+            )
+        raise
+
+
+# What torch says; a mere "memory" is in many other errors, such as an illegal memory access or a lack of shared memory.
+OUT_OF_MEMORY = r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory: you tried to allocate"
+LOST_PROCESS = r"Connection closed by peer|Connection reset by peer|gloo.*(closed|timed out|Broken pipe)|NCCL"
+
+
+def way_out(error):
+    """What to do about an OSError of a write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "the disk is full: free some, or use another folder"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return "move it away, or use another folder"
+    return "use another folder"

@@ -1,8 +1,9 @@
 """
-Files written whole or not at all, folders with one writer, checksums.
+Files written whole or not at all, folders with one writer, JSON objects, checksums.
 
     with written_whole("out/loss.png") as file: file.write(content)
     with owned_folder("out", "out_dir"): ...        # no other run writes there meanwhile
+    meta = read_json("data/python/meta.json", "prepare it again")
     digest = sha256_of("data/python/train.bin")
 
 A write goes to a temporary file in the same folder, is flushed to the disk, and is then renamed over the old
@@ -12,10 +13,13 @@ file. So at every moment, power cuts included, the name holds either the old con
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import sys
 from pathlib import Path
+
+from lib.errors import first_line
 
 
 def temporary(path):
@@ -102,6 +106,32 @@ def take_lock(file):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def json_object(content):
+    """The dict in the text or the bytes of a JSON object. Raises ValueError if they hold something else."""
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON, {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is JSON, but not an object")
+    return found
+
+
+def read_json(path, way_out):
+    """The dict in a JSON file. Ends the program with one line, which closes with `way_out`, if there is none."""
+    path = Path(path)
+    if not path.exists():
+        sys.exit(f"error: {path} does not exist: {way_out}")
+    if not path.is_file():  # a pipe would wait for a writer, for ever
+        sys.exit(f"error: {path} is not a file: {way_out}")
+    try:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {path} cannot be read ({getattr(error, 'strerror', None) or error}): {way_out}")
 
 
 def sha256_of(path):

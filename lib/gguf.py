@@ -8,7 +8,11 @@ lib/tokenizer.py rebuilds tokenizer.json from a header.
 """
 
 import functools
+import math
+import mmap
+import os
 import re
+import struct
 import sys
 
 import gguf
@@ -35,21 +39,87 @@ NAMES = {  # llama.cpp's: the release's
 
 @functools.cache  # two seconds, most of them for the tokenizer's 98,052 strings
 def open_gguf(path):
+    """The gguf package's reader of a file. Ends the program with one line if the file is damaged."""
+    if not os.path.isfile(path):  # a pipe would wait for a writer, for ever
+        sys.exit(f"error: {path} is not a file: name a .gguf file")
     try:
+        check_header(path)
         return gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        sys.exit(f"error: {path} is not a whole GGUF file: {first_line(error)}")
+    except MemoryError:
+        raise
+    except Exception as error:  # the gguf package has many ways to say that a file is damaged
+        sys.exit(f"error: {path} is not a whole GGUF file: {first_line(error)}: download or convert it again")
+
+
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # a value's type in the header: bytes
+STRING, ARRAY = 8, 9
+U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+def check_header(path):
+    """
+    Raise ValueError if the header counts or measures more than the file holds. The gguf package believes every count,
+    and would fill the memory or never end.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        size, at = len(content), 0
+
+        def skip(n):
+            nonlocal at
+            if n > size - at:
+                raise ValueError(f"its header asks for {n:,} bytes from byte {at:,} on, but it has {size:,}")
+            at += n
+
+        def number(form):
+            skip(form.size)
+            return form.unpack_from(content, at - form.size)[0]
+
+        def skip_values(kind, n):
+            if kind in SCALARS:
+                return skip(n * SCALARS[kind])
+            if kind != STRING:
+                raise ValueError(f"its header has a value of the unknown type {kind}")
+            for _ in range(n):  # ends early, for each string takes at least 8 bytes
+                skip(number(U64))
+
+        skip(4)
+        if content[:4] != b"GGUF" or number(U32) not in gguf.gguf_reader.READER_SUPPORTED_VERSIONS:
+            raise ValueError("it does not begin as a little-endian GGUF of version 2 or 3 does")
+        tensors, fields = number(U64), number(U64)
+        for _ in range(fields):
+            skip_values(STRING, 1)
+            kind, n = number(U32), 1
+            if kind == ARRAY:
+                kind, n = number(U32), number(U64)
+            skip_values(kind, n)
+        for _ in range(tensors):
+            skip_values(STRING, 1)
+            dims = [number(U64) for _ in range(number(U32))]
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number(U32))]
+            end = number(U64) + math.prod(dims) // block * block_bytes
+            if end > size or len(dims) > 4:
+                raise ValueError(f"a tensor of shape {str(dims)[:60]} goes to byte {end:,}, but it has {size:,}")
+
+
+def header_value(path, key):
+    """A value of the header, or None if it has none of that name."""
+    field = open_gguf(path).get_field(key)
+    try:
+        return None if field is None else field.contents()
+    except (ValueError, IndexError) as error:  # a string that is not UTF-8
+        sys.exit(f"error: {path} has a damaged {key} in its header ({first_line(error)}): download or convert it again")
 
 
 def read_gguf_config(path):
     """The header as a dict under config.json's names."""
-    reader = open_gguf(path)
-    scaling = reader.get_field("llama.rope.scaling.type")
+    scaling = header_value(path, "llama.rope.scaling.type")
 
     def header(key):
-        if (field := reader.get_field(key)) is None:
+        if (value := header_value(path, key)) is None:
             sys.exit(f"error: {path} has no {key} in its header: only GGUF files of Llama networks are read")
-        return field.contents()
+        return value
+
+    eps = header("llama.attention.layer_norm_rms_epsilon")
 
     return {
         "model_type": header("general.architecture"),
@@ -62,9 +132,9 @@ def read_gguf_config(path):
         "head_dim": header("llama.rope.dimension_count"),
         "max_position_embeddings": header("llama.context_length"),
         "rope_theta": header("llama.rope.freq_base"),
-        "rope_scaling": scaling and {"type": scaling.contents().replace("none", "default")},
-        "rms_norm_eps": float(f"{header('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # fp32 in the file
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
+        "rope_scaling": None if scaling is None else {"type": "default" if scaling == "none" else scaling},
+        "rms_norm_eps": float(f"{eps:.6g}") if isinstance(eps, float) else eps,  # fp32 in the file
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in open_gguf(path).tensors),
     }
 
 
@@ -82,9 +152,9 @@ def read_gguf_tensors(path):
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         except NotImplementedError:
             sys.exit(f"error: {path} is quantised to {tensor.tensor_type.name}, which the gguf package does not read")
-        if part in ("attn_q", "attn_k"):
-            heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-            values = deinterleave(values, len(values) // heads)
+        heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        if part in ("attn_q", "attn_k") and values.shape[:1] == (heads * config["head_dim"],):
+            values = deinterleave(values, config["head_dim"])  # another shape is for load_network to refuse
         prefix = f"model.layers.{block}." if block else ""
         known = part in NAMES  # another name (a bias, say) stays as it is, for load_network to refuse
         tensors[f"{prefix}{NAMES[part]}.weight" if known else tensor.name] = values

@@ -9,13 +9,18 @@ What a run tells: the lines it opens and closes with, out/log.csv, and the curve
 A new metric is a name in COLUMNS and a value in train.py's call of log().
 """
 
+import contextlib
 import csv
 import os
+import re
+import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 
+from lib.errors import silence_stdout
 from lib.files import written_whole
 from lib.machine import peak_memory
 
@@ -43,22 +48,43 @@ def opening(config, meta, model, iter_num, world_size):
     return "\n".join(lines)
 
 
-def open_log(path, iter_num):
+def printer(bar):
+    """A function that prints text above the progress bar. Where stdout breaks (`| head`), it says so and is quiet."""
+
+    def say(text):
+        try:
+            bar.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            silence_stdout()
+            with contextlib.suppress(OSError):
+                print(f"note: no more output, stdout is gone ({error.strerror}); the run continues", file=sys.stderr)
+
+    return say
+
+
+def open_log(path, iter_num, log_interval, say):
     """
     Two functions: log(**values) appends a row to log.csv, and sync_log() flushes all rows to the disk. First, the
     file is cut back to what the checkpoint at iter_num had seen: rows of later iterations go, and so does the
-    evaluation that followed the save, because a resume repeats it. Columns this version does not know are kept.
+    evaluation that followed the save, because a resume repeats it. Columns this version does not know are kept. Rows
+    that are missing or cannot be read are told with say().
     """
     columns, kept = COLUMNS, []
-    if iter_num > 0 and path.exists():
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            columns = COLUMNS + [name for name in reader.fieldnames or () if name not in COLUMNS]
-            for row in reader:
-                whole = None not in row and None not in row.values() and row.get("iter", "").isdigit()
-                if whole and int(row["iter"]) <= iter_num:
-                    if int(row["iter"]) < iter_num or not row.get("val_loss"):
-                        kept.append(row)
+    if iter_num > 0:
+        found, rows, unreadable = read_log(path)
+        columns = COLUMNS + [name for name in found if name not in COLUMNS]
+        for row in rows:
+            if int(row["iter"]) < iter_num or int(row["iter"]) == iter_num and not row.get("val_loss"):
+                kept.append(row)
+        if unreadable:
+            copy = path.with_name("log.unreadable.csv")
+            shutil.copyfile(path, copy)
+            say(f"note: {unreadable} rows of {path} cannot be read and are left out; the whole file is kept as {copy}")
+        due = iter_num - iter_num % log_interval
+        last = max((int(row["iter"]) for row in kept if row.get("loss")), default=0)
+        if last < due:
+            say(f"note: {path} has no rows from iteration {last + 1} to {due}: the curve has a gap there")
     with written_whole(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -72,42 +98,69 @@ def open_log(path, iter_num):
     return log, lambda: os.fsync(file.fileno())
 
 
-def read_rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def read_log(path):
+    """(columns, rows as dicts of text, number of rows that cannot be read) of log.csv; nothing if there is none."""
+    rows, unreadable, columns = [], 0, []
+    if not path.exists():
+        return columns, rows, unreadable
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        lines = file.read().replace("\0", "\ufffd").splitlines()
+    for number, line in enumerate(lines):
+        cells = next(csv.reader([line[:10_000]], strict=False), [])
+        if number == 0:
+            columns = cells
+            continue
+        row = dict(zip(columns, cells, strict=False))
+        numbers = [row.get(name) or "0" for name in COLUMNS[1:]]
+        whole = len(cells) == len(columns) and re.fullmatch(r"[0-9]{1,18}", row.get("iter", ""))
+        if whole and all(map(is_float, numbers)):
+            rows.append(row)
+        elif number < len(lines) - 1:  # a death may leave the last row half written, and a resume repeats it
+            unreadable += 1
+    return columns, rows, unreadable
 
 
-def plot_log(log_path, path):
-    """Draw training and validation loss by iteration, from log.csv."""
+def is_float(text):
+    try:
+        return bool(text.isascii() and float(text) is not None)
+    except ValueError:
+        return False
+
+
+def plot_log(log_path, path, say):
+    """Draw training and validation loss by iteration, from log.csv. A failure is told with say() and ends nothing."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_rows(log_path)
+    _, rows, _ = read_log(log_path)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for column, label, style in (("loss", "train (one batch)", "-"), ("val_loss", "val", "o-")):
-        points = [(int(row["iter"]), float(row[column])) for row in rows if row[column]]
+        points = [(int(row["iter"]), float(row[column])) for row in rows if row.get(column)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
     axes.set(xlabel="iteration", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    with written_whole(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    try:
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=120, format="png")
+    except OSError as error:
+        say(f"note: {path} could not be written ({error.strerror})")
     plt.close(figure)
 
 
 def closing(out_dir, model, device, resumed_at):
     """What happened, in a few lines: memory, first and last validation loss, train loss before and after a resume."""
-    rows = read_rows(out_dir / "log.csv")
+    _, rows, _ = read_log(out_dir / "log.csv")
     lines = [f"parameters  {sum(p.numel() for p in model.parameters()):,}"]
     lines.append(f"memory      {peak_memory(device):.2f} GB at most")
-    val = [(row["iter"], float(row["val_loss"])) for row in rows if row["val_loss"]]
+    val = [(row["iter"], float(row["val_loss"])) for row in rows if row.get("val_loss")]
     if val:
         lines += [f"val loss    {loss:.4f} at iteration {iter_num}" for iter_num, loss in (val[0], val[-1])]
     if resumed_at is not None:
-        losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row["loss"]]
+        losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]
         before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
         after = [loss for iter_num, loss in losses if iter_num > resumed_at][:5]
         for when, some in (("before", before), ("after", after)):

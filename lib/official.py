@@ -18,8 +18,8 @@ it used.
 import difflib
 import functools
 import importlib.metadata
-import json
 import re
+import reprlib
 import sys
 import threading
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from lib.errors import first_line
-from lib.files import sha256_of
+from lib.files import read_json, sha256_of
 
 RELEASES = {  # name: (Hub repository, pinned revision)
     "base": ("HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"),
@@ -127,14 +127,18 @@ def on_hub(official):
 
 def local_release(official):
     path = Path(official)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            sys.exit(f"error: {path} is not a file: name a .gguf file, or a folder with another name")
         return Release(official, f"{path.name}", "file", "none", path, {path.name: checked(path)})
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         sys.exit(f"error: {path} is not a release: there is no config.json in it, and it is not a .gguf file")
 
     def here(name):
-        if not (path / name).is_file():
+        if not (path / name).exists():
             raise FileNotFoundError(f"{path} holds no {name}")
+        if not (path / name).is_file():  # a pipe would wait for a writer, for ever
+            sys.exit(f"error: {path / name} is not a file: copy the release there again")
         return path / name
 
     try:
@@ -153,11 +157,14 @@ def weight_files(get):
             index = get("model.safetensors.index.json")
         except FileNotFoundError:
             raise single from None
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        sys.exit(f"error: {index} is not an index of safetensors files")
-    return [index, *(get(shard) for shard in shards)]
+    way_out = "download the release again"
+    shards = read_json(index, way_out).get("weight_map")
+    if not isinstance(shards, dict):
+        sys.exit(f"error: {index} is not an index of safetensors files, it has no weight_map: {way_out}")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # so it leads nowhere else
+            sys.exit(f"error: {index} names {reprlib.repr(shard)}, not a .safetensors file beside it: {way_out}")
+    return [index, *(get(shard) for shard in sorted(set(shards.values())))]
 
 
 def cached(repo, name, revision):

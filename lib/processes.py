@@ -1,12 +1,14 @@
 """
 The processes of a run: one, or as many as torchrun started, and the signals that stop them.
 
+    end_on_signals()                                    # while there is nothing to save, Ctrl-C ends the program
     rank, world_size, device = start_processes("auto")
-    stop_signals = note_signals()                       # a list that fills when Ctrl-C or SIGTERM arrives
+    stop_signals = note_signals()                       # then it fills this list, and the loop stops by itself
 """
 
 import os
 import signal
+import sys
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -30,14 +32,27 @@ def end_processes(world_size):
         dist.destroy_process_group()
 
 
+def end_on_signals():
+    """Until note_signals() is called, a signal ends the program at once with one line: there is nothing to save yet."""
+
+    def end(number, _):
+        name = signal.Signals(number).name
+        print(f"stopped by {name} before the first iteration: nothing was trained or saved", file=sys.stderr)
+        sys.exit(128 + number)
+
+    handle(end)
+
+
 def note_signals():
-    """A list to which Ctrl-C and SIGTERM add their number; the run looks at it. A second one ends the process."""
+    """A list to which each signal adds its number. The loop looks at it, and so no signal can interrupt a save."""
     noted = []
-
-    def note(number, _):
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    handle(lambda number, _: noted.append(number))
     return noted
+
+
+def handle(handler):
+    """Install a handler for Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning)."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows lacks the last two
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup ignores it
+            signal.signal(number, handler)

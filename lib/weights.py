@@ -9,7 +9,8 @@ Also config.json, in both directions: `config_from_json` reads one, `config_to_j
 """
 
 import functools
-import json
+import math
+import reprlib
 import sys
 import textwrap
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import read_checkpoint
+from lib.checkpoint import check_tensors, read_checkpoint
 from lib.errors import first_line
+from lib.files import read_json
 from model import ModelConfig, SmolLM2, rope_tables
 
 NAMES = {field.name for field in fields(ModelConfig)}
@@ -47,7 +49,12 @@ def find_weights(init_from, out_dir="out"):
         dataset = checkpoint["config"].get("dataset", "unknown text")
         about = f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}"
         config = checkpoint_config(path, checkpoint)
-        return Source(path, about, config, lambda: checkpoint["model"], checkpoint["tokenizer"])
+
+        def read():
+            check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
+            return checkpoint["model"]
+
+        return Source(path, about, config, read, checkpoint["tokenizer"])
     from lib.official import describe, find_release  # the Hub's client, imported only when needed
 
     release = find_release(init_from)
@@ -63,9 +70,20 @@ def load_network(source, config=None):
     if config is not None:
         check_shapes(config, source.config, source.path)
     tensors = without_head(source.read(), source.path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            sys.exit(
+                f"error: {source.path}: {name} holds {tensor.dtype}, not floating-point numbers: take another copy"
+            )
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+            sys.exit(f"error: {source.path}: {name} holds NaN or infinity: take another copy")
     try:
-        return build(config or source.config, {name: w.to(torch.float32, copy=True) for name, w in tensors.items()})
+        return build(config or source.config, tensors)
     except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
         wrong = textwrap.shorten(str(error).splitlines()[1], 240, placeholder=" ...")  # the first of possibly many
         sys.exit(f"error: the weights in {source.path} contradict its config: {wrong}")
 
@@ -118,7 +136,8 @@ def release_source(release):
 
 def release_config(release):
     """The ModelConfig of a Release."""
-    return config_from_json(read_config(release.path))
+    file = release.path if release.path.suffix == ".gguf" else release.path / "config.json"
+    return config_from_json(read_config(release.path), file)
 
 
 def read_config(path):
@@ -127,12 +146,7 @@ def read_config(path):
         from lib.gguf import read_gguf_config
 
         return read_gguf_config(path)
-    path = path / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        sys.exit(f"error: {path} is not JSON: {first_line(error)}")
-    return config if isinstance(config, dict) else sys.exit(f"error: {path} is JSON, but not an object")
+    return read_json(path / "config.json", "copy the release there again")
 
 
 def release_tensors(release):
@@ -149,7 +163,7 @@ def release_tensors(release):
         if name.endswith(".safetensors"):
             try:
                 tensors |= load_file(release.path / name)
-            except SafetensorError as error:
+            except (SafetensorError, KeyError, AttributeError, OSError) as error:  # the middle two: an unknown dtype
                 sys.exit(f"error: {release.path / name} is not a whole safetensors file: {first_line(error)}")
     return tensors
 
@@ -178,32 +192,60 @@ def read_settings(config):
     Every setting of a Llama config.json (a dict) that bears on the network, with absent ones as transformers
     takes them. Raises KeyError, TypeError or ValueError if it describes no network.
     """
-    rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta in here
-    scaling = config.get("rope_scaling") or rope
-    heads = int(config["num_attention_heads"])
-    return {
-        "model_type": config.get("model_type", "llama"),
-        "vocab_size": int(config["vocab_size"]),
-        "hidden_size": int(config["hidden_size"]),
-        "intermediate_size": int(config["intermediate_size"]),
-        "num_hidden_layers": int(config["num_hidden_layers"]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
-        "head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // heads),
-        "max_position_embeddings": int(config.get("max_position_embeddings", 2_048)),
-        "rope_theta": float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "initializer_range": float(config.get("initializer_range", 0.02)),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        "rope_interleaved": config.get("rope_interleaved", False),
-        "rope_scaling": None if scaling.get("rope_type", scaling.get("type", "default")) == "default" else scaling,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-    }
+
+    def given(name, default):  # null means "absent"
+        value = config.get(name)
+        return default if value is None else value
+
+    for name in NAMES:
+        if isinstance(config.get(name), list | dict):
+            raise ValueError(f"{name} is {reprlib.repr(config[name])}: it must be a number")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    ModelConfig(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=1)  # checked before they are divided
+    rope, scaling = rope_settings(config, "rope_parameters"), rope_settings(config, "rope_scaling")
+    thetas = [place["rope_theta"] for place in (config, rope, scaling) if place.get("rope_theta") is not None]
+    if any(theta != thetas[0] for theta in thetas[1:]):
+        raise ValueError(f"rope_theta is said to be {' and '.join(map(reprlib.repr, thetas))}")
+    rotated = [place["partial_rotary_factor"] for place in (config, rope, scaling) if "partial_rotary_factor" in place]
+    scaled = [place for place in (scaling, rope) if place.get("rope_type", place.get("type", "default")) != "default"]
+    numbers = ModelConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=given("num_key_value_heads", heads),
+        head_dim=given("head_dim", hidden // heads),
+        max_position_embeddings=config.get("max_position_embeddings", 2_048),
+        rope_theta=thetas[0] if thetas else 10_000.0,
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        initializer_range=config.get("initializer_range", 0.02),
+    )
+    others = {name: given(name, value) for name, value in COMPUTED.items()}
+    floats = {name: float(getattr(numbers, name)) for name in ("rope_theta", "rms_norm_eps", "initializer_range")}
+    return (
+        asdict(numbers)
+        | floats
+        | others
+        | {
+            "rope_scaling": scaled[0] if scaled else None,
+            "partial_rotary_factor": next((share for share in rotated if share not in (None, 1)), 1),
+            "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        }
+    )
 
 
-COMPUTED = {  # what model.py does, whatever its settings
+def rope_settings(config, name):
+    """config[name], a dict; {} if it is absent or null. Raises ValueError if it is something else."""
+    found = config.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise ValueError(f"{name} is {reprlib.repr(found)}: it must be null or an object of plain values")
+    return found
+
+
+COMPUTED = {  # what model.py does, whatever its settings; but for tie_word_embeddings, also what an absent name means
     "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
@@ -211,21 +253,37 @@ COMPUTED = {  # what model.py does, whatever its settings
     "rope_interleaved": False,
     "rope_scaling": None,
     "tie_word_embeddings": True,
+    # Fields of the Llama's relatives, each of which would make it another network.
+    "partial_rotary_factor": 1,
+    "quantization_config": None,
+    "sliding_window": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logits_scaling": 1,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "attention_multiplier": None,
+    "no_rope_layers": None,
+    "num_local_experts": None,
+    "use_qk_norm": False,
+    "clip_qkv": None,
 }
 
 
-def config_from_json(config):
+def config_from_json(config, file="config.json"):
     """ModelConfig of a config.json (a dict). Ends the program with one line if model.py does not do what it says."""
+    way_out = "name a network of SmolLM2's kind"
     try:
         settings = read_settings(config)
         for name, value in COMPUTED.items():
             if settings[name] != value:
-                sys.exit(f"error: config.json says {name} = {settings[name]}, which model.py does not do")
+                said = reprlib.repr(settings[name])
+                sys.exit(f"error: {file} says {name} = {said}, which model.py does not do: {way_out}")
         return ModelConfig(**{name: settings[name] for name in NAMES})
     except KeyError as error:
-        sys.exit(f"error: config.json has no {error.args[0]}")
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        sys.exit(f"error: config.json describes no network: {first_line(error)}")
+        sys.exit(f"error: {file} has no {error.args[0]}: {way_out}")
+    except ValueError as error:
+        sys.exit(f"error: {file} describes no network: {first_line(error)[:240]}: {way_out}")
 
 
 def config_to_json(config, **more):

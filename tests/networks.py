@@ -1,6 +1,10 @@
 """Small networks that transformers made, with weights loud enough to be compared, and files that hold them."""
 
+import hashlib
+import json
+
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,3 +91,16 @@ def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
 def load(path):
     """The network in a folder or a file, as any script would load it."""
     return load_network(find_weights(str(path)))
+
+
+def write_dataset(folder, train=range(40), val=range(20), **more):
+    """A small dataset, as prepare_data.py writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"name": folder.name, "dtype": "uint16", "vocab_size": 50, "sources": {"what": "my/notes.txt"}}
+    for split, ids in (("train", train), ("val", val)):
+        content = np.array(ids, dtype="<u2").tobytes()
+        (folder / f"{split}.bin").write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        meta[split] = dict(tokens=len(ids), bytes=3 * len(ids), documents=1, sha256=sha256)
+    (folder / "meta.json").write_text(json.dumps(meta | more))
+    return meta

@@ -124,7 +124,7 @@ def test_without_transformers_it_says_what_was_not_compared(trained, capsys, mon
 @pytest.mark.parametrize("script, config", [(export, ExportConfig), (sample, SampleConfig)])
 def test_another_tokenizer_is_refused(script, config, trained):
     checkpoint = torch.load(trained[1], weights_only=True) | {"tokenizer": {"official": "base", "sha256": "0123"}}
-    torch.save(checkpoint, trained[1])
+    write_checkpoint(trained[1], checkpoint)
     with pytest.raises(SystemExit, match="^error: these weights need the tokenizer with sha256 0123, but base"):
         script.main(config(out_dir=str(trained[1].parent)))
     assert [path.name for path in trained[1].parent.iterdir()] == ["ckpt.pt"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import os
 import socket
 import subprocess
@@ -225,6 +226,30 @@ def test_shards_with_an_index(hub, tmp_path):
     assert shards[0] in refusal(find_release, str(folder))
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "index" in refusal(find_release, str(folder))
+
+
+@pytest.mark.parametrize("weight_map, word", [
+    ({"a": 3}, "names 3"), ({"a": None}, "names None"), ({"a": ["x"]}, "names ['x']"), ([1], "has no weight_map"),
+    ({"a": "../secret.safetensors"}, "names '../secret.safetensors'"), ({"a": ".."}, "names '..'"),
+    ({"a": "/etc/passwd"}, "names '/etc/passwd'"), ({"a": "sub/x.safetensors"}, "names 'sub/x.safetensors'"),
+    ({"a": "..\\x.safetensors"}, "names '..\\\\x"), ({"a": "model.bin"}, "names 'model.bin'"),
+    (None, "has no weight_map"),
+    ({"a": "config.json"}, "names 'config.json'"), ({"a": "x\n.safetensors"}, "names 'x\\n"),
+])  # fmt: skip
+def test_an_index_names_files_beside_it_alone(weight_map, word, tmp_path, monkeypatch):
+    (tmp_path / "secret.safetensors").write_bytes(b"not to be read")
+    folder = save(tmp_path / "folder", max_shard_size="60KB")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    hashed = []
+    monkeypatch.setattr(official, "checked", lambda path, *origin: hashed.append(path) or ("", False))
+    assert word in refusal(find_release, str(folder))
+    assert hashed == []  # refused before anything was read
+
+
+def test_a_nested_index_gets_one_line(tmp_path):
+    folder = save(tmp_path, max_shard_size="60KB")
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    assert "nested too deep" in refusal(find_release, str(folder))
 
 
 def test_offline_with_a_filled_cache(hub, base, monkeypatch):

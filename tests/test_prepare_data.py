@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import http.server
 import io
@@ -328,7 +329,7 @@ def test_odd_bytes_and_names_of_special_tokens(place, encoding, capsys):
     contents = {
         "crlf.md": b"a\r\nb\rc\n",
         "empty.py": b"",
-        "latin.txt": b"caf\xe9 \xf0\x9f\x98 \xff\xfe end",
+        "broken.txt": "é“”ü€".encode() * 60 + b"caf\xe9 \xf0\x9f\x98 \xff\xfe end",
         "special.txt": b"<|endoftext|> is text",
         "white.txt": b" \n ",
     }
@@ -340,7 +341,7 @@ def test_odd_bytes_and_names_of_special_tokens(place, encoding, capsys):
     assert decoded == {content.decode(errors="replace") for content in contents.values()} - {""}
     assert meta["sources"]["undecodable_bytes"] == 6 and meta["sources"]["empty_documents"] == 1
     said = capsys.readouterr().out
-    assert "6 bytes that are not UTF-8" in said and "latin.txt" in said and "1 empty document" in said
+    assert "6 bytes that cannot be decoded" in said and "broken.txt" in said and "1 empty document" in said
 
 
 # ---- tiny shakespeare, downloaded from a server in this process
@@ -429,7 +430,7 @@ encoding = prepare_data.load_tokenizer(sys.argv[1])  # once for all children
 prepare_data.load_tokenizer = lambda official: encoding
 for moment in sys.argv[2:]:
     if not (child := os.fork()):
-        main(PrepareConfig(dataset="new.jsonl", name=moment, official=sys.argv[1]))
+        main(PrepareConfig(dataset="new.jsonl", name=moment, official=sys.argv[1], overwrite=True))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 """
@@ -456,7 +457,7 @@ def test_sigkill_leaves_a_whole_dataset_or_none(place, tokenizer_folder):
             assert all(sha256_of(f"data/{moment}/{split}.bin") == meta[split]["sha256"] for split in ("train", "val"))
         else:
             assert not Path("data", moment, "meta.json").exists()
-        prepare("--dataset=new.jsonl", f"--name={moment}")  # the next run clears up what the kill left
+        prepare("--dataset=new.jsonl", f"--name={moment}", "--overwrite=True")  # clears up what the kill left
         assert load(f"data/{moment}")[0]["sources"]["documents"] == len(STORIES)
 
 
@@ -548,7 +549,7 @@ for path in sys.argv[2:]:
     if not (child := os.fork()):
         prepare_data.os.cpu_count = lambda: 2
         sys.stdout = open(os.devnull, "w")
-        main(PrepareConfig(dataset=path, official=sys.argv[1]))
+        main(PrepareConfig(dataset=path, official=sys.argv[1], overwrite=True))
         os._exit(0)
     _, status, usage = os.wait4(child, 0)
     assert status == 0
@@ -592,7 +593,11 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "missing absolute": (None, ["--dataset=/no/such/folder"], 2, ["/no/such/folder"]),
     "glob of nothing": (None, ["--dataset=my/*.txt"], 2, ["my/*.txt", ".jsonl"]),
     "folder without text": (lambda: write("f/a.png", "x"), ["--dataset=f"], 2, ["f: no ", ".txt"]),
-    "wrong type": (lambda: write("a.docx", "x"), ["--dataset=a.docx"], 2, ["a.docx", ".parquet"]),
+    "wrong type": (lambda: write("a.docx", "x"), ["--dataset=a.docx"], 2, ["--output=a.txt a.docx"]),
+    "pdf": (lambda: write("b.pdf", "x"), ["--dataset=b.pdf"], 2, ["b.pdf", "pdftotext b.pdf b.txt"]),
+    "folder of C": (lambda: write("f/a.c", "x"), ["--dataset=f"], 2, ["left out: 1 .c", "--suffixes="]),
+    "binary": (lambda: write("a.txt", b"\x7fELF\0\0"), ["--dataset=a.txt"], 1, ["a.txt: a program"]),
+    "deep JSON": (lambda: write("a.json", "[" * 10**5), ["--dataset=a.json"], 1, ["a.json, item 1: not JSON"]),
     "empty text": (lambda: write("a.txt", ""), ["--dataset=a.txt"], 1, ["a.txt: no text"]),
     "only empty rows": (lambda: write("a.jsonl", '{"text": ""}\n\n'), ["--dataset=a.jsonl"], 1, ["a.jsonl: no text"]),
     "no rows": (lambda: table_file("a.parquet", text=[]), ["--dataset=a.parquet"], 1, ["a.parquet: no text"]),
@@ -638,3 +643,146 @@ def test_as_a_command(place, tokenizer_folder):
     assert f"{meta['train']['tokens']:,}" in done.stdout
     done = subprocess.run([*command, "--dataset=my/notes.doc"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- which files of a folder or glob, and what is told of the others
+
+
+TREE = {  # path: taken?
+    "a.txt": True, "b.md": True, "LICENSE": True, "page.html": True, "deep/c.rst": True, "deep/old.txt.gz": True,
+    "main.c": False, "deep/x.C": False, "x.h": False, "p.png": False, "program": False, "paper.pdf": False,
+    ".hidden.txt": False, ".git/notes.txt": False, "node_modules/m/readme.md": False,
+    "deep/node_modules/n.txt": False, "env/lib/e.txt": False, "env/pyvenv.cfg": False,
+}  # fmt: skip
+
+
+def write_tree(folder):
+    for i, path in enumerate(TREE):
+        binary = path in ("p.png", "program")
+        content = b"\x89PNG\0\0" if binary else f"{path}: {STORIES[i]}".encode()
+        write(f"{folder}/{path}", gzip.compress(content) if path.endswith(".gz") else content)
+    os.symlink("deep", f"{folder}/link")
+    os.symlink("nowhere.txt", f"{folder}/gone.txt")
+
+
+def texts_of(folder, encoding):
+    return sorted(encoding.decode(ids[:-1]).split(":")[0] for split in load(folder)[1].values() for ids in split)
+
+
+def test_a_folder_tells_what_it_leaves_out(place, encoding, capsys, monkeypatch):
+    write_tree("f")
+    write("f/locked/a.txt", "x")
+    real = os.scandir
+
+    def scandir(path):  # root may read every folder, so a folder that may not be read is made up
+        if os.path.basename(path) == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    prepare("--dataset=f")
+    assert texts_of("data/f", encoding) == sorted(path for path, taken in TREE.items() if taken)
+    said = "left out: 2 .c, 1 .h, 1 .pdf, 1 .png, 2 folders node_modules, 1 binary without a suffix, 1 broken link, "
+    said += "1 folder .git, 1 folder env, 1 hidden file, 1 linked folder, 1 unreadable folder\n"
+    assert said in capsys.readouterr().out
+
+
+def test_suffixes(place, encoding, capsys):
+    write_tree("f")
+    write("f/package.json", "package.json: {")
+    prepare("--dataset=f", "--suffixes=.c, h,.json")
+    taken = {path for path, taken in TREE.items() if taken}
+    assert texts_of("data/f", encoding) == sorted(taken | {"main.c", "deep/x.C", "x.h", "package.json"})
+    prepare("--dataset=f", "--suffixes=all")
+    assert texts_of("data/f", encoding) == sorted(taken | {"main.c", "deep/x.C", "x.h", "package.json"})
+    prepare("--dataset=f/*.c", "--name=glob")
+    assert "main.c" in texts_of("data/glob", encoding)  # the suffix in a glob counts, too
+    prepare("--dataset=f/x.h")
+    assert "x.h" in texts_of("data/x", encoding)
+
+
+def test_a_glob_tells_what_it_leaves_out(place, encoding, capsys):
+    write_tree("f")
+    prepare("--dataset=f/**/*")
+    # Unlike a folder, the glob follows the link.
+    assert set(texts_of("data/f", encoding)) >= {path for path, taken in TREE.items() if taken}
+    said = capsys.readouterr().out
+    assert "3 folders node_modules" in said and ".c, " in said and "1 broken link" in said
+    prepare("--dataset=f/node_modules/*/*.md", "--name=named")
+    assert "node_modules/m/readme.md" in texts_of("data/named", encoding)
+
+
+def test_a_glob_of_rows(place, oracle):
+    write("f/a.json", json.dumps(STORIES))
+    prepare("--dataset=f/*.json")
+    assert load("data/f")[1] == expected(STORIES, oracle)
+
+
+def test_brackets_and_a_tilde_in_paths(place, oracle, monkeypatch):
+    monkeypatch.setenv("HOME", str(place / "home"))
+    for i, text in enumerate(STORIES):
+        write(f"home/data[v2]/sub/{i:02}.txt", text)
+        write(f"home/datav/sub/{i:02}.txt", "not this")
+    for number, dataset in enumerate(["~/data[v2]/*/*.txt", "~/data[v2]", str(place / "home/data[v2]/**/*.txt")]):
+        prepare(f"--dataset={dataset}", "--data_dir=~/out", f"--name=n{number}")
+        assert load(f"home/out/n{number}")[1] == expected(STORIES, oracle)
+
+
+# ---- encodings, rows without the column, and one name for two texts
+
+
+def test_the_closing_table_names_encodings_and_lost_rows(place, encoding, capsys):
+    write("f/a.txt", "Der Überfluß an schönen Wörtern – “ja”.\n".encode("cp1252") * 9)
+    write("f/b.txt", "naïve café, déjà vu – 5 €\n".encode("cp1252") * 9)
+    write("f/c.txt", "Über\n".encode("utf-16"))
+    write("f/d.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in STORIES) + '{"body": "x"}\n')
+    prepare("--dataset=f")
+    said = capsys.readouterr().out
+    assert f"read as cp1252, guessed: {Path('f/a.txt')} and 1 more\n" in said
+    assert f"read as utf-16, by its byte-order mark: {Path('f/c.txt')}\n" in said
+    lost = f"note: 1 rows without a column text were left out: {Path('f/d.jsonl')}, line 61: no column text, only body"
+    assert lost in said
+
+
+def test_another_text_of_the_same_name_is_refused(place, oracle, capsys):
+    for folder, texts in (("a", STORIES), ("b", STORIES[::-1] * 2), ("c/b", STORIES)):
+        write(f"{folder}/input.txt", "".join(texts))
+    prepare("--dataset=a/input.txt")
+    prepare("--dataset=./a/../a/input.txt", "--val_fraction=0.2")  # the same text again
+    before = snapshot("data")
+    code, said = failure(capsys, "--dataset=b/input.txt")
+    assert code == 2 and said.startswith(f"error: {Path('data/input')} was made from another text, ")
+    assert "a/input.txt" in said and "--name=b_input" in said and "--overwrite=True" in said and said.count("\n") == 1
+    assert snapshot("data") == before
+    prepare("--dataset=b/input.txt", "--name=b_input")
+    prepare("--dataset=b/input.txt", "--overwrite=True")
+    assert load("data/input")[1] == load("data/b_input")[1]
+
+
+def test_a_dataset_from_before_sources_were_recorded(place, capsys):
+    write("a/input.txt", "".join(STORIES))
+    prepare("--dataset=a/input.txt")
+    meta = json.loads(Path("data/input/meta.json").read_text())
+    del meta["sources"]["identity"]
+    Path("data/input/meta.json").write_text(json.dumps(meta))
+    write("b/input.txt", "".join(STORIES))
+    assert failure(capsys, "--dataset=b/input.txt")[0] == 2
+    prepare("--dataset=a/input.txt")
+
+
+@pytest.mark.parametrize("after", ["", STORIES[0], "x" * 2000, "y" * 3000])
+def test_a_file_that_changes_between_the_two_passes(place, capsys, monkeypatch, after):
+    write("a.txt", "y" * 1000 + "x" * 1000)
+
+    def pieces(stream, *rest, real=prepare_data.pieces):
+        def changing():
+            for document in stream:
+                Path("a.txt").write_text(after)
+                yield document
+
+        yield from real(changing(), *rest)
+
+    monkeypatch.setattr(prepare_data, "pieces", pieces)
+    code, said = failure(capsys, "--dataset=a.txt")
+    assert code == 1 and re.fullmatch(r"error: a.txt: changed while it was read, .*", said), said
+    assert not snapshot("data")

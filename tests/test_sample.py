@@ -1,6 +1,9 @@
 """sample.py: text from the official weights as transformers writes it, from checkpoints, and its errors."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -120,3 +123,34 @@ def test_without_a_compiler_it_goes_on(tiny, capfd, monkeypatch):
     code, texts, output = run(capfd, "--compile", *flags)
     assert code == 0 and texts == eager[1]
     assert "compile     not possible here (RuntimeError: no C++ compiler): eager instead" in output
+
+
+def test_a_closed_stdout_ends_it_quietly(tiny):
+    """python sample.py | head -1"""
+    root = Path(sample.__file__).parent
+    line = f"{sys.executable} sample.py --out_dir={tiny} --device=cpu --dtype=float32 --num_samples=9 | head -1"
+    process = subprocess.run(["bash", "-c", line], cwd=root, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("error, message", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "error: out of memory (CUDA out of memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: out of memory ("),
+    (MemoryError(), "error: out of memory (MemoryError)"),
+])  # fmt: skip
+def test_out_of_memory(tiny, error, message, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(SmolLM2, "hidden", full)
+    with pytest.raises(SystemExit, match=re.escape(message) + ".*--dtype=bfloat16"):
+        sample.main(SampleConfig(out_dir=str(tiny), dtype="float32", device="cpu"))
+
+
+def test_an_error_that_is_not_out_of_memory_keeps_its_text(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(SmolLM2, "hidden", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        sample.main(SampleConfig(out_dir=str(tiny), dtype="float32", device="cpu"))

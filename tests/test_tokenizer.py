@@ -1,15 +1,17 @@
 """lib/tokenizer.py gives the same ids as `tokenizers`, the library that made the release's tokenizer, on any text."""
 
 import json
+import os
 import sysconfig
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import refusal
 
 from lib import tokenizer
-from lib.tokenizer import END_OF_TEXT, NO_TOKEN, PRE_TOKENIZER, VOCAB_SIZE, encode, load_tokenizer
+from lib.tokenizer import END_OF_TEXT, NO_TOKEN, PRE_TOKENIZER, VOCAB_SIZE, encode, load_tokenizer, tokenizer_json
 
 # Pieces for the corner cases of the pattern. Tests join them in any order, with any other characters between them.
 PIECES = [
@@ -181,3 +183,90 @@ def test_a_tokenizer_saved_by_another_tool_is_accepted(encoding, hf_tokenizer, t
     hf_tokenizer.save(str(tmp_path / "tokenizer.json"))
     other = load_tokenizer(str(tmp_path))
     assert other._mergeable_ranks == encoding._mergeable_ranks and other._special_tokens == encoding._special_tokens
+
+
+def change(*path):
+    """A change of one value: its place in tokenizer.json, then the value, or a function of the old one."""
+    *path, key, value = path
+
+    def apply(content):
+        for name in path:
+            content = content[name]
+        content[key] = value(content[key]) if callable(value) else value
+
+    return apply
+
+
+def swapped(items):
+    return [items[1], items[0], *items[2:]]
+
+
+PAD = {"id": VOCAB_SIZE, "content": "<pad>", "special": True}
+CHANGES = {
+    "two merges swapped": (change("model", "merges", swapped), "another list of merges"),
+    "a merge less": (change("model", "merges", lambda merges: merges[:-1]), "another list of merges"),
+    "two ids swapped": (change("model", "vocab", lambda v: v | {"the": v["a"], "a": v["the"]}), "another vocabulary"),
+    "an id twice": (change("model", "vocab", lambda v: v | {"the": v["a"]}), "another vocabulary"),
+    "a foreign character": (
+        change("model", "vocab", lambda v: {{"the": "漢"}.get(name, name): i for name, i in v.items()}),
+        "another vocabulary",
+    ),
+    "true for 1": (change("model", "vocab", "<|im_start|>", True), "another vocabulary"),
+    "dropout": (change("model", "dropout", 0.1), "another model"),
+    "unknown token": (change("model", "unk_token", "<|endoftext|>"), "another model"),
+    "byte fallback": (change("model", "byte_fallback", True), "another model"),
+    "whole words first": (change("model", "ignore_merges", True), "another model"),
+    "a normalizer": (change("normalizer", {"type": "NFC"}), "another normalizer"),
+    "digits together": (
+        change("pre_tokenizer", "pretokenizers", 0, "individual_digits", False),
+        "another pre_tokenizer",
+    ),
+    "a space in front": (
+        change("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True),
+        "another pre_tokenizer",
+    ),
+    "a first token": (
+        change("post_processor", {"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}),
+        "another post_processor",
+    ),
+    "another decoder": (change("decoder", {"type": "Metaspace"}), "another decoder"),
+    "a special token less": (change("added_tokens", lambda a: a[:-1]), "lack <empty_output>"),
+    "a special token moved": (change("added_tokens", 3, "id", 5), "has the id 5"),
+    "an added token in the vocabulary": (change("added_tokens", lambda a: [*a, PAD | {"id": 500}]), "has the id 500"),
+    "an added word": (change("added_tokens", lambda a: [*a, PAD | {"content": "the"}]), "'the' has the id"),
+    "an added token twice": (change("added_tokens", lambda a: [*a, PAD, PAD]), "'<pad>' has the id"),
+    "an endless id": (change("added_tokens", lambda a: [*a, PAD | {"id": 2**40}]), "has the id 1099511627776"),
+    "no added tokens": (change("added_tokens", None), "it has other parts"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_changed_tokenizer_is_refused_with_one_line(how, tmp_path):
+    apply, word = CHANGES[how]
+    content = json.loads(tokenizer_json()[0])
+    apply(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert word in refusal(load_tokenizer, str(tmp_path))
+
+
+def test_a_nested_tokenizer_and_a_pipe_get_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    assert "nested too deep" in refusal(load_tokenizer, str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    assert "tokenizer.json is not a file" in refusal(load_tokenizer, str(tmp_path))
+
+
+def test_a_tokenizer_may_add_tokens(encoding, tmp_path):
+    """As transformers does for <pad>. The bytes without a token give way to the new ids."""
+    content = json.loads(tokenizer_json()[0])
+    content["added_tokens"].append(PAD)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    other = load_tokenizer(str(tmp_path))
+    assert other.decode([VOCAB_SIZE]) == "<pad>" and other.encode_single_token("<pad>") == VOCAB_SIZE
+    assert encode(other, "a <pad>\x04 1") == encode(encoding, "a <pad>\x04 1")
+
+
+def test_the_parts_are_the_releases():
+    """PARTS is a constant so that no second file is needed; the release's own tokenizer.json proves it."""
+    assert tokenizer.deciding_parts(json.loads(tokenizer_json()[0])) == tokenizer.PARTS

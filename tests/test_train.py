@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -23,7 +22,7 @@ import resume_test
 import train
 from configurator import configure
 from lib.batches import get_blocks, mix
-from lib.checkpoint import read_checkpoint
+from lib.checkpoint import read_checkpoint, write_checkpoint
 from lib.tokenizer import TOKENIZER_SHA256
 from resume_test import ResumeTestConfig
 from train import TrainConfig, get_lr, saved_settings
@@ -45,7 +44,8 @@ def place(tmp_path, monkeypatch, real_ids):
     write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
     write_data(tmp_path / "data/short", real_ids[:210], real_ids[3000:3500])
     monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield tmp_path
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -96,7 +96,7 @@ def flat(value, path=""):
     return {path: value}
 
 
-def differing(a, b, ignore=("/config/out_dir",)):
+def differing(a, b, ignore=("/config/out_dir", "/checksums/values")):
     """Where two checkpoints are not the same to the bit."""
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
@@ -142,57 +142,18 @@ def test_straight_equals_resumed(place, flags):
     assert [row[0] for row in rows("a")[1:] if row[4]] == ["0", "4", "8", "12"]
 
 
-def test_killed_at_a_random_moment(place):
-    assert run("--out_dir=a", "--max_iters=60", "--lr_decay_iters=60") == 0
-    flags = ["--out_dir=b", "--max_iters=60", "--lr_decay_iters=60"]
-    last_words = random.randint(5, 50)
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith(f"iter {last_words:6d} | loss"):
-            process.kill()
-            break
-    process.wait()
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-    assert run("--out_dir=b", "--init_from=resume") == 0
-    assert_same("a", "b")
-
-
-KILLED_IN_SAVE = """
-import os, signal, sys, torch
-sys.path.insert(0, sys.argv.pop(1))
-import train
-save = torch.save
-def half(checkpoint, file):
-    save(checkpoint, file)
-    if checkpoint["iter_num"] == 8:
-        file.truncate(file.tell() // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = half
-train.main(train.configure(train.TrainConfig, saved=train.saved_settings))
-"""
-
-
-def test_killed_inside_a_save(place):
-    assert run("--out_dir=a") == 0
-    argv = [*TINY, "--dataset=text", "--out_dir=b"]
-    process = subprocess.run([sys.executable, "-c", KILLED_IN_SAVE, str(ROOT), *argv], capture_output=True)
-    assert process.returncode == -signal.SIGKILL
-    assert load("b")["iter_num"] == 4  # the one before
-    assert run("--out_dir=b", *RESUME) == 0
-    assert_same("a", "b")
-    assert sorted(path.name for path in Path("b").iterdir()) == ["ckpt.pt", "log.csv", "loss.png"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_iteration_and_saves(place, number):
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["Ctrl-C", "SIGTERM twice"]
+)  # torture.py has the other signals, and deaths
+def test_a_signal_finishes_the_iteration_and_saves(place, numbers):
     assert run("--out_dir=a") == 0  # to 12 and on to where the other ends
     process = subprocess.Popen(
         command("--out_dir=b", "--max_iters=1000000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith("iter      5 | loss"):
-            process.send_signal(number)
+            for number in numbers:  # a scheduler may send it twice
+                process.send_signal(number)
             break
     output, errors = process.communicate()
     assert process.returncode == 128 + number
@@ -202,6 +163,57 @@ def test_a_signal_finishes_the_iteration_and_saves(place, number):
     for folder in ("a", "b"):
         assert run(f"--out_dir={folder}", "--init_from=resume", f"--max_iters={reached + 9}") == 0
     assert differing(load("a"), load("b")) == []
+
+
+def test_a_signal_before_the_first_iteration_gets_one_line(place):
+    """While it loads or compiles, there is nothing to save."""
+    script = "import train, signal, os\nload = train.open_data\n"
+    script += "train.open_data = lambda *a: (os.kill(os.getpid(), signal.SIGINT), load(*a))[1]\n"
+    script += "train.main(train.configure(train.TrainConfig))"
+    argv = [*TINY, "--dataset=text", "--out_dir=a"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, env=env)
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr == "stopped by SIGINT before the first iteration: nothing was trained or saved\n"
+    assert not Path("a").exists()
+
+
+def test_a_closed_stdout_loses_nothing(place):
+    """python train.py | head -1"""
+    assert run("--out_dir=a") == 0
+    line = " ".join(command("--out_dir=b")) + " | head -1"
+    process = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True)
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1
+    assert process.stderr == "note: no more output, stdout is gone (Broken pipe); the run continues\n"
+    assert_same("a", "b")
+
+
+def test_two_runs_cannot_share_a_folder(place):
+    first = subprocess.Popen(command("--out_dir=a", "--max_iters=100000"), stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if " | loss" in line:
+            break
+    second = subprocess.run(command("--out_dir=a", "--overwrite=True"), capture_output=True, text=True)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"error: a is in use by process {first.pid}") and second.stderr.count("\n") == 1
+
+
+def test_other_threads_are_told(place, capfd):
+    assert run("--out_dir=a", "--max_iters=2") == 0
+    checkpoint = load("a")
+    assert checkpoint["machine"] == dict(threads=torch.get_num_threads(), processes=1)
+    write_checkpoint("a/ckpt.pt", checkpoint | {"machine": dict(threads=99, processes=1)})
+    assert run("--out_dir=a", "--init_from=resume", "--max_iters=3") == 0
+    note = f"note: {torch.get_num_threads()} threads, 99 before: the run continues, but its bits may differ"
+    assert note in capfd.readouterr().out
+
+
+def test_prompts_of_any_length(place):
+    assert run("--out_dir=a", "--max_iters=1", "--sample_interval=1", "--sample_prompt=", "--sample_tokens=2") == 0
+    message = run("--out_dir=b", "--max_iters=1", "--sample_interval=1", "--sample_prompt=" + 99 * "word ")
+    assert "sample_prompt is longer than the context (64): shorten it" in message
 
 
 def test_looking_does_not_disturb(place):
@@ -224,6 +236,35 @@ def test_torchrun(place):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
     for left, right in zip(rows("one")[1:], rows("a")[1:], strict=True):
         assert [float(x or 0) for x in left] == pytest.approx([float(x or 0) for x in right], abs=1e-4)
+
+
+def test_one_of_two_processes_is_killed(place):
+    """The other ends with one line."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = place / "killed.py"
+    script.write_text(KILLED_IN_ITERATION)
+    argv = [sys.executable, *launcher, str(script), str(ROOT), *TINY, "--dataset=text", "--out_dir=b"]
+    process = subprocess.run(argv, capture_output=True, text=True)
+    assert process.returncode == 1
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"another process of this run ended \(.*\): .* --init_from=resume --out_dir=b$", line)
+    ours = process.stderr[: process.stderr.index("torch/distributed/run.py")]  # the rest is torchrun's own report
+    assert "train.py" not in ours
+    assert load("b")["iter_num"] == 4
+
+
+KILLED_IN_ITERATION = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+get_blocks = train.get_blocks
+def dying(data, first, *rest):
+    if os.environ["RANK"] == "1" and first >= 4 * 6 and len(data) > 1000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return get_blocks(data, first, *rest)
+train.get_blocks = dying
+train.main(train.configure(train.TrainConfig, saved=train.saved_settings))
+"""
 
 
 def test_compiled_and_eager_share_checkpoints(place, capfd):
@@ -272,7 +313,7 @@ def test_the_checkpoint_test(place, capfd):
     assert run("--out_dir=a", "--max_iters=4") == 0
     before = Path("a/ckpt.pt").read_bytes()
     code, out = checkpoint_test(capfd)
-    assert code == 0 and out.count("✓") == 13 and "✗" not in out and out.endswith("resume_test: 12 ✓, 0 ✗\n")
+    assert code == 0 and out.count("✓") == 13 and "\n✗" not in out and out.endswith("resume_test: 12 ✓, 0 ✗\n")
     assert "a/ckpt.pt: iteration 4; straight to 14, and with a stop at 9" in out
     assert Path("a/ckpt.pt").read_bytes() == before and {path.name for path in Path("a").iterdir()} == {
         "ckpt.pt", "log.csv", "loss.png",
@@ -326,13 +367,48 @@ def test_a_resume_at_the_end_repeats_the_last_evaluation(place, capfd):
     assert (differing(load("a"), before[0]), rows("a")) == ([], before[1])
 
 
-def test_a_second_run_keeps_the_first(place, capfd):
+def test_a_second_run_does_not_lose_the_first(place, capfd):
     assert run("--out_dir=a", "--max_iters=2") == 0
-    first = load("a")
-    assert run("--out_dir=a", "--max_iters=1") == 0
+    before = {path: path.read_bytes() for path in Path("a").iterdir()}
+    message = run("--out_dir=a", "--max_iters=1")
+    assert "a/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir=a" in message
+    assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
+    assert run("--out_dir=a", "--max_iters=1", "--overwrite=True") == 0
     assert load("a")["iter_num"] == 1
-    assert differing(torch.load("a/ckpt.previous.pt", weights_only=True), first) == []
-    assert "is kept as a/ckpt.previous.pt" in capfd.readouterr().out
+
+
+def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
+    Path("a").mkdir()
+    Path("a/log.csv").write_text("iter,loss\n")
+    assert "there is no checkpoint a/ckpt.pt (a holds log.csv): train from scratch" in run("--out_dir=a", *RESUME)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--learning_rate=1e-5", "--min_lr=3e-5"], "min_lr is 3e-05: it must lie between 0 and learning_rate (1e-05)"),
+    (["--learning_rate=-1e-3"], "learning_rate is -0.001: it must be a number from 0 to 100"),
+    (["--learning_rate=nan"], "learning_rate is nan"),
+    (["--grad_clip=-1"], "grad_clip is -1.0"),
+    (["--weight_decay=-1"], "weight_decay is -1.0"),
+    (["--warmup_iters=-5"], "warmup_iters is -5: it must be a whole number from 0"),
+    (["--beta1=1.0"], "beta1 is 1.0"),
+    (["--max_iters=0"], "max_iters is 0: it must be a whole number from 1"),
+    (["--hidden_size=0"], "hidden_size is 0"),
+    (["--head_dim=0"], "head_dim is 0"),
+    (["--num_key_value_heads=0"], "num_key_value_heads is 0"),
+    (["--initializer_range=-1"], "initializer_range is -1.0"),
+    (["--rope_theta=nan"], "rope_theta is nan"),
+    (["--num_hidden_layers=1000000000"], "num_hidden_layers is 1000000000"),
+    (["--seed=-1"], "seed is -1"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused(place, flags, message):
+    """Once where they enter, by name."""
+    assert message in run("--out_dir=a", *flags)
+    assert not Path("a").exists()
+
+
+def test_min_lr_is_a_tenth_by_default():
+    config = TrainConfig(learning_rate=1.0, warmup_iters=10, lr_decay_iters=110)
+    assert get_lr(config, 110) == get_lr(config, 10**6) == pytest.approx(0.1)
 
 
 def test_weights_alone_begin_a_new_run(place):
@@ -483,7 +559,7 @@ def foreign_checkpoint():
 def poisoned_checkpoint():
     checkpoint = load("a")
     checkpoint["model"]["model.norm.weight"][0] = math.inf
-    torch.save(checkpoint, "a/ckpt.pt")
+    write_checkpoint("a/ckpt.pt", checkpoint)
 
 
 class Bomb:
@@ -500,7 +576,7 @@ ERRORS = {
     "large vocabulary": ([], edit_meta(vocab_size=50_257), r"vocab_size 50257, not uint16 and at most 49152"),
     "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val.bin holds 500 tokens, fewer"),
     "block beyond context": (["--block_size=65"], None, r"block_size 65 is longer than the context"),
-    "no log": (["--log_interval=0"], None, r"log_interval is 0: it must be at least 1"),
+    "no log": (["--log_interval=0"], None, r"log_interval is 0: it must be a whole number from 1"),
     "odd heads": (["--num_attention_heads=3", "--num_key_value_heads=2"], None, r"must be a multiple"),
     "missing checkpoint": (["--init_from=resume", "--out_dir=b"], None, r"there is no checkpoint b/ckpt.pt"),
     "truncated checkpoint": (
@@ -524,7 +600,7 @@ ERRORS = {
     "a log on a full disk": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"],
         lambda: os.symlink("/dev/full", f"a/log.csv.{os.getpid()}.tmp"),
-        r"No space left on device: free some disk"),
+        r"No space left on device: the disk is full: free some"),
     "no such device": (["--device=cuda:7"], None, r"device cuda:7 cannot be used"),
     "no such release": (["--init_from=instuct"], None, r"did you mean instruct"),
 }  # fmt: skip
@@ -573,4 +649,4 @@ def test_out_of_memory(place, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.SmolLM2, "forward", full)
-    assert run("--out_dir=a").startswith("error: out of memory: lower batch_size (4)")
+    assert run("--out_dir=a").startswith("error: out of memory (CUDA out of memory): lower batch_size (4)")

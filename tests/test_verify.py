@@ -295,7 +295,7 @@ def test_folders_that_transformers_wrote(run, tmp_path, shape):
     (dict(mlp_bias=True), "mlp_bias = True"),
     (dict(tie_word_embeddings=False), "tie_word_embeddings = False"),
     (dict(rope_parameters=theta(1e4) | {"rope_type": "linear", "factor": 2.0}), "rope_scaling"),
-    (dict(hidden_act="gelu"), "hidden_act = gelu"),
+    (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
 ])  # fmt: skip
 def test_unsupported_networks_are_refused(run, tmp_path, changes, said):
     code, out, _ = run(official=save_llama(tmp_path / "llama", **changes))
@@ -322,7 +322,7 @@ def test_a_config_without_its_weights(run, tmp_path):
 
 def checkpoint_of(config, tensors, **changes):
     settings = asdict(config) | dict(dataset="python", max_iters=1)
-    contents = dict(model=tensors, optimizer={}, scheduler={}, iter_num=0, best_val_loss=9.9, config=settings, data="")
+    contents = dict(model=tensors, optimizer={}, scheduler={}, iter_num=0, best_val_loss=9.9, config=settings, data={})
     return contents | changes
 
 
@@ -336,7 +336,8 @@ def sound_copies(config, tensors, folder):
     yield write_folder(folder / "head", config, fp32 | head), "F32"
     write_checkpoint(folder / "ckpt.pt", checkpoint_of(config, fp32))
     yield folder / "ckpt.pt", "F32"
-    for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1):
+    for name in ("F32", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q4_0"):  # the gguf package does not write the K types
+        kind = gguf.GGMLQuantizationType[name]
         yield write_gguf(folder / f"{kind.name}.gguf", config, tensors, kind), kind.name
 
 
@@ -355,6 +356,34 @@ def test_sound_copies_pass(run, standin, tmp_path):
         (values,) = (row for name, row in rows.items() if name.startswith("every value"))
         worst = float(values["measured"].split()[1])
         assert worst == 0 if kind in ("F32", "BF16") else 0.1 < worst <= 1, out
+
+
+def test_a_type_whose_rounding_is_unknown_is_skipped(run, standin, tmp_path):
+    """MXFP4 stands for all such types. Its values and its name are not judged; the network is, as the coarsest type."""
+    config, tensors, reference = standin
+    copy = write_gguf(tmp_path / "copy.gguf", config, tensors, gguf.GGMLQuantizationType.MXFP4)
+    code, out, rows = run(official=reference, weights=copy)
+    assert code == 0, out
+    assert rows["their types"]["result"] == "skipped" and "29 MXFP4" in rows["their types"]["measured"]
+    values = {name: row for name, row in rows.items() if "values of" in name}
+    assert values.popitem()[1]["measured"] == "the rounding of MXFP4 is not known here" and not values
+    coarsest = max(verify.PRECISION.values(), key=lambda precision: precision.hidden)
+    hidden = rows["hidden states, 4 layers (relative)"]
+    assert hidden["bound"] == f"within {coarsest.hidden:g}" and hidden["result"] == "✓"
+
+    tensors = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
+    copy = write_gguf(tmp_path / "wrong.gguf", config, tensors, gguf.GGMLQuantizationType.MXFP4)
+    code, out, rows = run(official=reference, weights=copy)
+    assert code == 1 and "✗" in {row["result"] for row in rows.values()}, out
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "Q4_K", "Q3_K"])
+def test_the_k_types_are_known(name):
+    """The gguf package reads them, so that a copy in them can be judged."""
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    assert verify.PRECISION[name].block == block
+    assert gguf.dequantize(np.zeros((1, size), dtype=np.uint8), kind).shape == (1, block)
 
 
 def q4_1_copy_with_a_fault(config, tensors, path):

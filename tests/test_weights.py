@@ -4,16 +4,22 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from networks import llama, load, refusal, same_logits, save
+from networks import llama, load, refusal, same_logits, save, write_dataset, write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from lib import tokenizer
+from lib.dataset import open_data
 from lib.official import SHA256, find_release
+from lib.tokenizer import PRE_TOKENIZER, load_tokenizer
 from lib.weights import (
     config_from_json,
     config_to_json,
@@ -23,7 +29,7 @@ from lib.weights import (
     read_settings,
     release_tensors,
 )
-from model import PRESETS
+from model import PRESETS, ModelConfig
 
 
 def test_the_official_config():
@@ -138,6 +144,10 @@ def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
 def rope(**parameters):
     return {"rope_parameters": parameters}
 
@@ -154,9 +164,9 @@ SPOILT = {
     "list for a config": (write("config.json", b"[1]"), ["config.json", "not an object"]),
     "attention bias": (lambda folder: edited(folder, attention_bias=True), ["attention_bias = True"]),
     "mlp bias": (lambda folder: edited(folder, mlp_bias=True), ["mlp_bias = True"]),
-    "gelu": (lambda folder: edited(folder, hidden_act="gelu"), ["hidden_act = gelu"]),
+    "gelu": (lambda folder: edited(folder, hidden_act="gelu"), ["hidden_act = 'gelu'"]),
     "untied": (lambda folder: edited(folder, tie_word_embeddings=False), ["tie_word_embeddings = False"]),
-    "other network": (lambda folder: edited(folder, model_type="qwen2"), ["model_type = qwen2"]),
+    "other network": (lambda folder: edited(folder, model_type="qwen2"), ["model_type = 'qwen2'"]),
     "interleaved": (lambda folder: edited(folder, rope_interleaved=True), ["rope_interleaved = True"]),
     "scaled, transformers 4": (
         lambda folder: edited(folder, rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]
@@ -181,6 +191,28 @@ SPOILT = {
     "a head of its own": (
         in_weights(lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 64)})), ["lm_head.weight", "ties"]
     ),
+    "weights of whole numbers": (
+        in_weights(lambda tensors: tensors.update({LAYER: tensors[LAYER].to(torch.int8)})), [LAYER, "int8"]
+    ),
+    "a norm of NaN": (in_weights(lambda tensors: tensors["model.norm.weight"].fill_(torch.nan)), ["model.norm", "NaN"]),
+    "one infinite weight": (in_weights(lambda tensors: tensors[LAYER][3, 5:6].fill_(torch.inf)), [LAYER, "infinity"]),
+    "nested config": (write("config.json", b"[" * 100_000), ["config.json", "nested too deep"]),
+    "nested value": (
+        lambda folder: edited(folder, hidden_size=nested(500)), ["config.json", "hidden_size is [["]
+    ),
+    "scaling in words": (lambda folder: edited(folder, rope_scaling="linear"), ["rope_scaling is 'linear'"]),
+    "scaling false": (lambda folder: edited(folder, rope_scaling=False), ["rope_scaling is False"]),
+    "rope in a list": (lambda folder: edited(folder, rope_parameters=[1]), ["rope_parameters is [1]"]),
+    "rope by layer": (lambda folder: edited(folder, **rope(full_attention={})), ["rope_parameters is {'full"]),
+    "two thetas": (lambda folder: edited(folder, rope_theta=7.0), ["rope_theta is said to be 7.0 and 20000.0"]),
+    "half rotated": (lambda folder: edited(folder, partial_rotary_factor=0.5), ["partial_rotary_factor = 0.5"]),
+    "half rotated, transformers 5": (
+        lambda folder: edited(folder, **rope(partial_rotary_factor=0.5)), ["partial_rotary_factor = 0.5"]
+    ),
+    "quantised": (lambda folder: edited(folder, quantization_config={"bits": 4}), ["quantization_config = {'bits'"]),
+    "a window": (lambda folder: edited(folder, sliding_window=512), ["sliding_window = 512"]),
+    "capped logits": (lambda folder: edited(folder, final_logit_softcapping=30.0), ["final_logit_softcapping = 30.0"]),
+    "two lines": (lambda folder: edited(folder, hidden_act="a\nb\u2028c"), ["hidden_act = 'a\\nb\\u2028c'"]),
     "a head alone": (
         in_weights(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")})),
         ["embed_tokens"],
@@ -197,6 +229,120 @@ def test_a_spoilt_folder_gets_one_line(how, tmp_path):
     for word in words:
         assert word in message, (word, message)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+WHOLE = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings"]  # fmt: skip
+FLOATS = ["rope_theta", "rms_norm_eps", "initializer_range"]
+
+
+@pytest.mark.parametrize("name", WHOLE + FLOATS)
+@pytest.mark.parametrize(
+    "value",
+    ["64", "many", True, torch.nan, -torch.inf, 64.5, -1, 0, 1e9, 10**12, 10**400, [64]],
+    ids=lambda v: repr(v)[:9],
+)
+def test_a_number_of_another_kind_is_refused_by_name(name, value):
+    config = llama().config.to_dict() | {"rope_parameters": None, "rope_theta": 2e4, name: value}
+    low, high = ModelConfig.LIMITS[name]
+    if name in FLOATS and type(value) in (int, float) and low <= value <= high:
+        return  # a float like any other
+    message = refusal(config_from_json, config)
+    assert name in message and repr(value)[:40] in message
+
+
+@pytest.mark.parametrize("name", ["rms_norm_eps", "max_position_embeddings", "initializer_range", "vocab_size"])
+def test_null_is_not_a_number(name):
+    assert f"{name} is None" in refusal(config_from_json, llama().config.to_dict() | {name: None})
+
+
+def test_a_pipe_or_a_folder_for_a_file_gets_one_line(tmp_path):
+    for make in (os.mkfifo, os.mkdir):
+        for name in ("config.json", "model.safetensors"):
+            folder = save(tmp_path / make.__name__ / name)
+            (folder / name).unlink()
+            make(folder / name)
+            assert f"{name} is not a file" in refusal(load, folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whatever a file holds, it is read, or it is refused in one line
+
+
+def spoil(content, rng):
+    """The bytes of a file with a few of them, or one token of its JSON, changed."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = min(rng.randrange(len(content)), int(rng.expovariate(1 / 400)))  # headers more often than tensors
+        if at >= len(content):
+            continue
+        match rng.randrange(5):
+            case 0:
+                content[at] = rng.randrange(256)
+            case 1:
+                content[at : at + rng.choice([1, 4, 8])] = rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\0\x10"])
+            case 2:
+                del content[at : at + rng.randrange(1, 9)]
+            case 3:
+                del content[at:]
+            case 4:
+                numbers = [m for m in re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content)]
+                if numbers:
+                    found = rng.choice(numbers)
+                    content[found.start() : found.end()] = rng.choice(ODD)
+        if not content:
+            break
+    return bytes(content)
+
+
+SMALL_TOKENIZER = {  # of the family's form, with its 17 special tokens and two letters
+    "version": "1.0",
+    "added_tokens": [{"id": i, "content": f"<{i}>", "special": True} for i in range(17)],
+    "normalizer": None,
+    "pre_tokenizer": PRE_TOKENIZER,
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel"},
+    "model": {"type": "BPE", "vocab": {f"<{i}>": i for i in range(17)} | {"a": 17, "b": 18}, "merges": ["a b"]},
+}
+ODD = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"64.5", b'"x"', b'"../x"', b"[]", b"{}", b"[[1]]", b"1e9",
+    b'"a"', b"99999999999999999999",
+       b'"\\ud800"', b'"a\\nb"', b"[" * 3_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["config.json", "model.safetensors", "index", "gguf", "tokenizer.json", "meta.json"])
+def test_a_spoilt_file_is_read_or_refused(kind, tmp_path, monkeypatch):
+    rng, network = random.Random(kind), llama()
+    monkeypatch.setattr(tokenizer, "PARTS", tokenizer.deciding_parts(SMALL_TOKENIZER))
+    if kind == "gguf":
+        path = Path(write_gguf(tmp_path / "a.gguf", network))
+    elif kind == "meta.json":
+        write_dataset(tmp_path / "notes")
+        path = tmp_path / "notes/meta.json"
+    else:
+        save(tmp_path, network, max_shard_size="60KB" if kind == "index" else "1GB")
+        path = tmp_path / ("model.safetensors.index.json" if kind == "index" else kind)
+    if kind == "tokenizer.json":
+        path.write_text(json.dumps(SMALL_TOKENIZER))
+    sound, outcomes = path.read_bytes(), Counter()
+    for i in range(120):
+        content = spoil(sound, rng)
+        target = path.with_name(f"{i}.gguf") if kind == "gguf" else path  # the reader of a GGUF is kept by its name
+        target.write_bytes(content)
+        try:
+            if kind == "tokenizer.json":
+                load_tokenizer(str(tmp_path))
+            elif kind == "meta.json":
+                open_data("notes", 50, 8, tmp_path)
+            else:
+                load(target if kind == "gguf" else tmp_path)
+            outcomes["read"] += 1
+        except SystemExit as stop:
+            message = str(stop.code)
+            assert message.startswith("error: ") and len(message.splitlines()) == 1, (message, content)
+            outcomes["refused"] += 1
+        except Exception as error:
+            raise AssertionError(content[:2_000]) from error
+    assert min(outcomes["refused"], outcomes["read"]) > 0, outcomes  # both happen, or the loop tests nothing
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.gguf", "config.json"])
