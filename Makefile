@@ -32,7 +32,7 @@ setup: .venv/done
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=2
 
 verify: setup
 	$(PY) discover.py

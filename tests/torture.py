@@ -245,6 +245,54 @@ def leftovers(folder, dice):
     return 0, wait(start(folder, FLAGS)) != 0
 
 
+def power_cut(folder, dice):
+    """
+    The run writes to a file system of its own. A copy of the block device beneath it, taken in the middle, is what a
+    power cut leaves; it is mounted, which replays the file system's journal, and the run goes on from there.
+    """
+    disk, out, left = folder / "disk.img", folder / "out", folder / "left"
+    with mounted(disk, out, new=True):
+        pid = start(folder, FLAGS)
+        until(folder, f"iter {dice.randrange(1, ITERS):6d} | loss", pid)
+        time.sleep(dice.random() * 0.05)
+        shutil.copyfile(disk, folder / "cut.img")
+        gone = lost(folder)
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+    with mounted(folder / "cut.img", out):
+        shutil.copytree(out, left, ignore=shutil.ignore_patterns("lost+found"))
+    out.rmdir()
+    left.rename(out)
+    rows = {row["iter"] for row in csv.DictReader(open(out / "log.csv"))} if (out / "log.csv").exists() else set()
+    saved = torch.load(out / "ckpt.pt", weights_only=True)["iter_num"] if (out / "ckpt.pt").exists() else 0
+    # every row up to the checkpoint must be there, and no more than one save may be missing
+    return max(gone, lost(folder)), not {str(i) for i in range(saved + 1)} <= rows | {"0"} or lost(folder) > 2 * SAVES
+
+
+@contextlib.contextmanager
+def mounted(image, folder, new=False):
+    """A file system in a file, mounted at `folder`."""
+    if new:
+        with open(image, "wb") as file:
+            file.truncate(2**26)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def why_no_power_cut(place):
+    """Why this machine cannot take such images, or None."""
+    try:
+        with mounted(place / "try.img", place / "try", new=True):
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"needs root, mkfs.ext4 and loop devices ({type(error).__name__})"
+
+
 def damaged(name, change):
     """A file of a finished half run is damaged: the resume must refuse it, or repair it, in words."""
 
@@ -289,6 +337,7 @@ FAULTS = {
     "Ctrl-C": signalled(signal.SIGINT),
     "SIGHUP": signalled(signal.SIGHUP),
     "SIGUSR1": signalled(signal.SIGUSR1),
+    "power cut": power_cut,
     "disk full": disk_full,
     "two writers": two_writers,
     "leftovers": leftovers,
@@ -313,6 +362,9 @@ def torture(config, say=print):
         assert wait(start(reference, FLAGS)) == 0, said(reference)
         EXPECTED.update(state(reference))
         for name, fault in FAULTS.items():
+            if fault is power_cut and (why := why_no_power_cut(Path(place))):
+                say(f"{name:<28} skipped: {why}")
+                continue
             row = table[name] = [0] * 5
             for trial in range(config.trials):
                 folder = Path(place) / f"trial{trial}"
