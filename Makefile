@@ -1,8 +1,8 @@
-# make          set up, prepare text, verify, train a small SmolLM2, resume it, sample from it: three to eight minutes
+# make          set up, prepare text, verify, train a small SmolLM2, resume it, sample from it: three to ten minutes
 # make test     lint and every test
 # make verify   discover the architecture, then hold model.py against the official weights
 # make bench    speed and memory beside transformers and this machine's limit: half an hour to an hour
-# make torture  kills, signals, full disks and damaged files, each a hundred times: about an hour
+# make torture  kills, signals, full disks and damaged files, each fifty times: about an hour
 # make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
 
 PYTHON ?= python3
@@ -32,7 +32,7 @@ setup: .venv/done
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest --numprocesses=2
+	$(PY) -m pytest --numprocesses=2 --dist=worksteal
 
 verify: setup
 	$(PY) discover.py

@@ -1,4 +1,4 @@
-"""torture.py in a short form: every fault once. `make torture` tries each a hundred times."""
+"""torture.py in a short form: every fault once. `make torture` tries each fifty times."""
 
 import subprocess
 import sys
