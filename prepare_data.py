@@ -24,7 +24,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -362,7 +362,6 @@ def main(config):
         reject(f"val_fraction={config.val_fraction}: not between 0 and 1: give a share, for example 0.1")
     if config.max_documents is not None and config.max_documents < 1:
         reject(f"max_documents={config.max_documents}: no document would be left: give 1 or more")
-    config = replace(config, dataset=os.path.expanduser(config.dataset), data_dir=os.path.expanduser(config.data_dir))
     name, what, identity, files, left_out = find_source(config)
     name = config.name or name
     if name in ("", ".", "..") or re.search(r'[/\\:*?"<>|\0]', name):

@@ -121,10 +121,12 @@ def read_log(path):
 
 
 def is_float(text):
+    """Whether a cell of log.csv holds a number. float() alone would also take the digits of other scripts."""
     try:
-        return bool(text.isascii() and float(text) is not None)
+        float(text)
     except ValueError:
         return False
+    return text.isascii()
 
 
 def plot_log(log_path, path, say):

@@ -365,10 +365,11 @@ def torture(config, say=print):
         assert wait(start(reference, FLAGS)) == 0, said(reference)
         EXPECTED.update(state(reference))
         for name, fault in FAULTS.items():
-            why = "only with more than one trial" if config.trials == 1 else why_no_power_cut(Path(place))
-            if fault is power_cut and why:
-                say(f"{name:<28} skipped: {why}")
-                continue
+            if fault is power_cut:  # slow and not for every machine, so the short form leaves it out
+                why = "only with more than one trial" if config.trials == 1 else why_no_power_cut(Path(place))
+                if why:
+                    say(f"{name:<28} skipped: {why}")
+                    continue
             row = table[name] = [0] * 5
             for trial in range(config.trials):
                 folder = Path(place) / f"trial{trial}"
