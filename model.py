@@ -239,7 +239,8 @@ class SmolLM2(nn.Module):
     def forward(self, idx, targets=None):
         """
         idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy, a scalar in
-        nats per token, in fp32. Raises ValueError when T exceeds max_position_embeddings.
+        nats per token, in fp32. A target of -1 carries no loss and does not count in the mean.
+        Raises ValueError when T exceeds max_position_embeddings.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -370,7 +371,12 @@ def attend_one(q, k, v):
 
 
 def cross_entropy(x, head, targets):
-    """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,)."""
+    """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,), -1 for none."""
+    kept = targets >= 0
+    if not kept.all():
+        x, targets = x[kept], targets[kept]  # what carries no loss needs no logits
+        if not len(x):
+            return x.float().sum()  # 0, with a gradient of 0
     return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
 
 

@@ -182,7 +182,7 @@ def train(config):
     torch.set_float32_matmul_precision(config.float32_matmul_precision)
     keep_memory()
     train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size, config.data_dir)
-    data_sha256 = {split: meta[split]["sha256"] for split in ("train", "val")}
+    data_sha256 = {split: meta[split]["sha256"] + meta[split].get("mask_sha256", "") for split in ("train", "val")}
     tokenizer = dict(official=meta.get("tokenizer", "base"), sha256=meta.get("tokenizer_sha256"))
     machine = dict(threads=torch.get_num_threads(), processes=world_size)
     out_dir = Path(config.out_dir)
@@ -234,22 +234,27 @@ def train(config):
     network = DistributedDataParallel(model, forward_sync_buffers=False) if world_size > 1 else model
 
     def get_batch(data, split_number, first, count):
-        x, y = get_blocks(data, first, count, config.block_size, mix(config.seed, split_number))
+        x, y = get_blocks(data.ids, first, count, config.block_size, mix(config.seed, split_number), data.mask)
         if "cuda" in device:  # from pinned memory, the copy runs while the GPU computes
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
+    def count_tokens(y):
+        """How many of the targets carry a loss: a float, on the device."""
+        return (y >= 0).sum().float()
+
     @torch.no_grad()
     def evaluate():
-        """Mean loss over eval_iters batches of val.bin, the same ones every time."""
-        total = torch.zeros((), device=device)
+        """Mean loss per token over eval_iters batches of val.bin, the same ones every time."""
+        total = torch.zeros(2, device=device)  # nats, tokens
         for i in range(rank, config.eval_iters, world_size):
             x, y = get_batch(val_data, 1, i * config.batch_size, config.batch_size)
             with autocast(device, config.dtype):
-                total += model(x, y)
+                n = count_tokens(y)
+                total += torch.stack((model(x, y) * n, n))
         if world_size > 1:
             dist.all_reduce(total)
-        return total.item() / config.eval_iters
+        return (total[0] / total[1]).item()
 
     def sample():
         """A text that begins with sample_prompt, from a generator of its own, so that sampling changes nothing."""
@@ -267,7 +272,6 @@ def train(config):
 
     # ---- The log, and before its first line what is about to happen
     sequences = config.batch_size * config.gradient_accumulation_steps  # per iteration, in all processes together
-    tokens = sequences * config.block_size
     if rank == 0:
         encoding = load_tokenizer(**tokenizer) if config.sample_interval else None
         if encoding and len(encode(encoding, config.sample_prompt)) > config.max_position_embeddings:
@@ -285,7 +289,7 @@ def train(config):
         if iter_num % config.eval_interval == 0 or done:
             val_loss = evaluate()
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+            bits = val_loss / math.log(2) * meta["val"]["loss_tokens"] / meta["val"]["bytes"]
             note = " (best so far)" if best else ""
             say(f"iter {iter_num:6d} | val loss {val_loss:.4f} nats/token = {bits:.4f} bits/byte{note}")
             if rank == 0:
@@ -302,10 +306,14 @@ def train(config):
         start = time.perf_counter()
         count = sequences // world_size
         x, y = get_batch(train_data, 0, iter_num * sequences + rank * count, count)
+        tokens = count_tokens(y)
+        if world_size > 1:
+            dist.all_reduce(tokens)
         # forward and backward, one micro-batch at a time, as many as add up to the batch
         loss = torch.zeros((), device=device)
         for i in range(0, count, config.batch_size):
-            share = min(config.batch_size, count - i) / count
+            # its part of the mean over all tokens; times world_size, because processes average their gradients
+            share = count_tokens(y[i : i + config.batch_size]) * world_size / tokens
             last = i + config.batch_size >= count
             # processes exchange gradients only once per iteration, during the last backward
             with nullcontext() if world_size == 1 or last else network.no_sync():
@@ -337,7 +345,8 @@ def train(config):
         # log
         bar.update()
         if iter_num % config.log_interval == 0 or iter_num == config.max_iters or stopping:
-            ms, tok_per_s = 1e3 * seconds / (iter_num - last_logged), tokens * (iter_num - last_logged) / seconds
+            ms = 1e3 * seconds / (iter_num - last_logged)
+            tok_per_s = 1e3 * sequences * config.block_size / ms
             eta = timedelta(seconds=round((config.max_iters - iter_num) * ms / 1e3))
             say(
                 f"iter {iter_num:6d} | loss {loss:7.4f} | lr {lr:.3e} | norm {grad_norm:7.4f} | {ms:7.1f} ms | "

@@ -11,22 +11,31 @@ import numpy as np
 import torch
 
 
-def get_blocks(data, first, count, block_size, seed):
+def get_blocks(data, first, count, block_size, seed, mask=None):
     """
     Blocks first .. first + count - 1 of an endless stream of blocks: (x, y), int64, (count, block_size) each,
     where y is x one token later. Each epoch reads every block of `data` once, in its own shuffled order, with
     all blocks shifted by its own random offset.
+
+    mask  one byte per id, for conversations. Then `data` is rows of block_size + 1 ids, each row is a block, and y is
+          -1 (no loss) where the mask is 0.
     """
     n = max(1, (len(data) - block_size) // block_size)  # blocks in an epoch, whatever its offset
-    offsets = len(data) - n * block_size  # the first block may start at any of these, so every token is reached
-    rows = []
+    stride, offsets = block_size, len(data) - n * block_size  # the first block may start anywhere, so every id is read
+    if mask is not None:
+        n, stride, offsets = len(data) // (block_size + 1), block_size + 1, 1
+    starts = []
     for index in range(first, first + count):
         epoch, i = divmod(index, n)
         key = mix(seed, epoch)
-        start = key % offsets + permute(i, n, key) * block_size
-        rows.append(data[start : start + block_size + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (count, T + 1)
-    return rows[:, :-1], rows[:, 1:]
+        starts.append(key % offsets + permute(i, n, key) * stride)
+
+    def rows(array):
+        return torch.from_numpy(np.stack([array[start : start + block_size + 1] for start in starts]).astype(np.int64))
+
+    ids = rows(data)  # (count, T + 1)
+    x, y = ids[:, :-1], ids[:, 1:]
+    return x, y if mask is None else y.masked_fill(rows(mask)[:, 1:] == 0, -1)
 
 
 def permute(i, n, key):

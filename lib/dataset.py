@@ -3,7 +3,10 @@ data/<dataset>/train.bin, val.bin and meta.json: prepare_data.py writes them, tr
 
     train_data, val_data, meta = open_data("python", vocab_size=49_152, block_size=256)
 
-A .bin is a flat array of little-endian uint16 token ids. Each document ends with <|endoftext|>, id 0.
+A .bin is a flat array of little-endian uint16 token ids. Each document ends with <|endoftext|>, id 0. A dataset of
+conversations is rows of block_size + 1 ids. Beside each of its .bin files a mask, train_mask.bin or val_mask.bin, has
+a byte for each id: 1 if the id is to be learnt (the assistant's words), 0 if it is only read.
+
 The keys of meta.json:
     name                 of the dataset
     dtype, vocab_size    "uint16", and every id is below vocab_size
@@ -11,25 +14,37 @@ The keys of meta.json:
     tokenizer_sha256     of its tokenizer.json
     sources              what the text is, a sha256 of all documents, counts of documents and of oddities
     train, val           of each .bin: tokens, bytes of text, documents, sha256
+    block_size           conversations only: a row is one id longer
+    train, val           conversations only: loss_tokens (ones in the mask; `bytes` are those of their text), padding,
+                         cut (conversations that were longer than a row), mask_sha256
 """
 
 import hashlib
 import reprlib
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from lib.files import read_json
+from lib.files import read_json, sha256_of
 
 TRUSTED = 2**30  # bytes: a larger .bin is sampled, because reading it all would take longer than a second
 SAMPLES, BLOCK = 64, 2**20  # that many blocks of that many bytes
 
 
+class Split(NamedTuple):
+    """One half of a dataset, memory-mapped."""
+
+    ids: np.ndarray  # (N,) uint16
+    mask: np.ndarray | None  # (N,) uint8: 1 for an id to be learnt; None if all are
+
+
 def open_data(dataset, vocab_size, block_size, data_dir="data"):
     """
-    Open data/<dataset>/ as (train, val, meta): two memory-mapped arrays of uint16, and the dict in meta.json.
-    Ends the program with one line if the files disagree, have less than one block, or need a larger vocab_size.
+    Open data/<dataset>/ as (train, val, meta): two Splits, and the dict in meta.json with loss_tokens in every split.
+    Ends the program with one line if the files disagree, have less than one block, need a larger vocab_size, or were
+    prepared for another block_size.
     """
     folder = Path(data_dir) / dataset
     built_in = dataset in ("python", "shakespeare")
@@ -39,7 +54,13 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     if isinstance(what, str) and not built_in:
         way_out = f"prepare it again with --name={dataset}, from {what.splitlines()[0] if what else 'its text'}"
     check_meta(meta, folder / "meta.json", vocab_size, way_out)
-    arrays = []
+    rows = meta.get("block_size", block_size)
+    if rows != block_size:
+        sys.exit(
+            f"error: {folder} holds conversations in rows for block_size {rows}, not {block_size}: "
+            f"give --block_size={rows}, or prepare them again with --block_size={block_size}"
+        )
+    splits = []
     for split in ("train", "val"):
         path, tokens = folder / f"{split}.bin", meta[split]["tokens"]
         if not path.is_file():  # a pipe would wait for a writer, for ever
@@ -59,8 +80,19 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
                 f"error: {path} holds {tokens} tokens, fewer than one block of {block_size} + 1: "
                 "lower block_size, or prepare more text"
             )
-        arrays.append(np.memmap(path, dtype="<u2", mode="r"))
-    return *arrays, meta
+        mask = open_mask(folder / f"{split}_mask.bin", meta[split], way_out) if "block_size" in meta else None
+        meta[split].setdefault("loss_tokens", tokens)
+        splits.append(Split(np.memmap(path, dtype="<u2", mode="r"), mask))
+    return *splits, meta
+
+
+def open_mask(path, counts, way_out):
+    """The mask in `path`, (N,) uint8. counts: what meta.json says of its split."""
+    if not path.is_file() or path.stat().st_size != counts["tokens"]:
+        sys.exit(f"error: {path} is not a file with a byte for each of {counts['tokens']} tokens: {way_out}")
+    if path.stat().st_size < TRUSTED and sha256_of(path) != counts["mask_sha256"]:
+        sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
+    return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def check_meta(meta, path, vocab_size, way_out):
@@ -76,6 +108,9 @@ def check_meta(meta, path, vocab_size, way_out):
     if dtype != "uint16" or not whole(ids) or ids > vocab_size:
         said = dtype if dtype in ("uint16", "uint32") else reprlib.repr(dtype)
         wrong(f"dtype {said} and vocab_size", ids, f"uint16 and at most {vocab_size}")
+    conversations = "block_size" in meta
+    if conversations and not whole(meta["block_size"]):
+        wrong("block_size", meta["block_size"], "a number above 0")
     for name in ("tokenizer", "tokenizer_sha256"):
         if not isinstance(meta.get(name, ""), str):
             wrong(name, meta[name], "a name")
@@ -83,11 +118,14 @@ def check_meta(meta, path, vocab_size, way_out):
         counts = meta.get(split)
         if not isinstance(counts, dict):
             wrong(split, counts, "counts of its tokens and bytes")
-        for name in ("tokens", "bytes"):
+        for name in ("tokens", "bytes", *(("loss_tokens",) if conversations else ())):
             if not whole(counts.get(name)):
                 wrong(f"{split} {name}", counts.get(name), "a number above 0")
-        if not isinstance(counts.get("sha256"), str):
-            wrong(f"{split} sha256", counts.get("sha256"), "a checksum")
+        for name in ("sha256", *(("mask_sha256",) if conversations else ())):
+            if not isinstance(counts.get(name), str):
+                wrong(f"{split} {name}", counts.get(name), "a checksum")
+        if conversations and counts["tokens"] % (meta["block_size"] + 1):
+            wrong(f"{split} tokens", counts["tokens"], f"whole rows of {meta['block_size'] + 1}")
 
 
 def read_through(path):

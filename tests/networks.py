@@ -93,8 +93,8 @@ def load(path):
     return load_network(find_weights(str(path)))
 
 
-def write_dataset(folder, train=range(40), val=range(20), **more):
-    """A small dataset, as prepare_data.py writes them."""
+def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
+    """A small dataset, as prepare_data.py writes them. mask: one of conversations, with this mask again and again."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = {"name": folder.name, "dtype": "uint16", "vocab_size": 50, "sources": {"what": "my/notes.txt"}}
     for split, ids in (("train", train), ("val", val)):
@@ -102,5 +102,9 @@ def write_dataset(folder, train=range(40), val=range(20), **more):
         (folder / f"{split}.bin").write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
         meta[split] = dict(tokens=len(ids), bytes=3 * len(ids), documents=1, sha256=sha256)
+        if mask:
+            content = bytes(mask * len(ids))[: len(ids)]
+            (folder / f"{split}_mask.bin").write_bytes(content)
+            meta[split] |= dict(loss_tokens=sum(content), mask_sha256=hashlib.sha256(content).hexdigest())
     (folder / "meta.json").write_text(json.dumps(meta | more))
     return meta

@@ -55,3 +55,12 @@ def test_ranks_together_read_the_global_batch():
     data = np.arange(5000, dtype="<u2")
     x, _ = get_blocks(data, 24, 8, 16, seed=1)
     assert torch.equal(x, torch.cat([get_blocks(data, 24 + 2 * rank, 2, 16, seed=1)[0] for rank in range(4)]))
+
+
+def test_conversations_are_read_row_by_row_and_their_mask_hides_targets():
+    data, mask = np.arange(7 * 9, dtype=np.uint16), np.arange(7 * 9, dtype=np.uint8) % 3 == 0
+    for epoch in range(2):
+        x, y = get_blocks(data, 7 * epoch, 7, 8, seed=5, mask=mask)
+        assert sorted(x[:, 0].tolist()) == list(range(0, 63, 9))  # each row once, from its first id
+        target = x + 1
+        assert torch.equal(y, torch.where(target % 3 == 0, target, -1))

@@ -18,8 +18,27 @@ def opened(tmp_path, name="notes"):
 def test_a_dataset_is_opened(tmp_path):
     meta = write_dataset(tmp_path / "notes")
     train, val, found = opened(tmp_path)
-    assert (train.tolist(), val.tolist(), found) == (list(range(40)), list(range(20)), meta)
-    assert train.dtype == np.uint16
+    for split in ("train", "val"):
+        meta[split]["loss_tokens"] = meta[split]["tokens"]
+    assert (train.ids.tolist(), val.ids.tolist(), found) == (list(range(40)), list(range(20)), meta)
+    assert train.ids.dtype == np.uint16 and train.mask is None
+
+
+def test_conversations_are_opened_with_their_masks(tmp_path):
+    folder = tmp_path / "chat"
+    write_dataset(folder, train=range(45), val=range(18), mask=[0, 1, 1], block_size=8)
+    train, val, meta = opened(tmp_path, "chat")
+    assert train.mask.tolist() == [0, 1, 1] * 15 and meta["train"]["loss_tokens"] == 30
+    assert "--block_size=8" in refusal(open_data, "chat", 50, 16, tmp_path)
+    for spoil, word in ((lambda old: old[:-1], "a byte for each"), (lambda old: b"\1" + old[1:], "sha256")):
+        whole = (folder / "val_mask.bin").read_bytes()
+        (folder / "val_mask.bin").write_bytes(spoil(whole))
+        assert word in refusal(opened, tmp_path, "chat")
+        (folder / "val_mask.bin").write_bytes(whole)
+    (folder / "val_mask.bin").unlink()
+    assert "val_mask.bin" in refusal(opened, tmp_path, "chat")
+    write_dataset(folder, train=range(44), val=range(18), mask=[0, 1], block_size=8)
+    assert "whole rows of 9" in refusal(opened, tmp_path, "chat")
 
 
 TRAIN = dict(tokens=40, bytes=120, sha256="")
@@ -64,7 +83,7 @@ def test_ids_beyond_the_vocabulary_get_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "BLOCK", 8)
     assert "val.bin holds the id 50" in refusal(opened, tmp_path)
     write_dataset(tmp_path / "notes", train=[49] * 40)
-    assert opened(tmp_path)[0].tolist() == [49] * 40
+    assert opened(tmp_path)[0].ids.tolist() == [49] * 40
     write_dataset(tmp_path / "notes", train=[0] * 20 + [999] * 10 + [0] * 10)
     assert "train.bin holds the id 999" in refusal(opened, tmp_path)
 

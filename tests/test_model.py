@@ -129,6 +129,25 @@ def test_real_weights_on_real_text(real_model, real_reference, real_ids):
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
+def test_a_target_of_minus_one_carries_no_loss():
+    torch.manual_seed(0)
+    network = SmolLM2(SMALL)
+    idx, targets = torch.randint(256, (3, 40)), torch.randint(256, (3, 40))
+    targets[torch.rand(3, 40) < 0.7] = -1
+    expected = F.cross_entropy(network(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    grads = torch.autograd.grad(expected, list(network.parameters()))
+    loss = network(idx, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    for p, grad in zip(network.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4)
+
+    network.zero_grad()
+    loss = network(idx, torch.full_like(targets, -1))
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in network.parameters() if p.grad is not None)
+
+
 def test_bfloat16_autocast_is_close_to_fp32(real_model, real_ids):
     idx, targets = real_ids[None, :128], real_ids[None, 1:129]
     with torch.no_grad():

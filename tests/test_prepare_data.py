@@ -146,7 +146,8 @@ def test_the_default_dataset_is_the_standard_library_id_for_id(place, encoding, 
     assert table["both"][0] == f"{len(texts):,}"
 
     train, val, opened = open_data("python", 49_152, 1024)  # as train.py opens it
-    assert (len(train), len(val), opened) == (meta["train"]["tokens"], meta["val"]["tokens"], meta)
+    assert (len(train.ids), len(val.ids)) == (meta["train"]["tokens"], meta["val"]["tokens"])
+    assert opened["sources"] == meta["sources"]
 
 
 # All characters except those with a byte that has no token: some ASCII controls, and unassigned ones (Cn).

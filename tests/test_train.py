@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import write_dataset
 
 import resume_test
 import train
@@ -236,6 +237,27 @@ def test_torchrun(place):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
     for left, right in zip(rows("one")[1:], rows("a")[1:], strict=True):
         assert [float(x or 0) for x in left] == pytest.approx([float(x or 0) for x in right], abs=1e-4)
+
+
+def test_the_mean_is_over_the_tokens_that_carry_a_loss(place, real_ids):
+    """However the batch is cut: whole, in micro-batches, among processes. The mask is uneven, one row has no loss."""
+    ids = real_ids[: 24 * 17].tolist()
+    rows_of_ones = [[0] * 17, [0] + [1] * 16] + [[0] * n + [1] * (17 - n) for n in range(14, 4, -1)]
+    write_dataset(place / "data/chat", ids, ids[:34], sum(rows_of_ones, []), vocab_size=49_152, block_size=16)
+    flags = ["--dataset=chat", "--max_iters=3", "--learning_rate=1e-3", "--warmup_iters=0", "--grad_clip=0"]
+    run(*flags, "--out_dir=a", "--batch_size=8")
+    run(*flags, "--out_dir=b", "--batch_size=2", "--gradient_accumulation_steps=4")
+    torchrun(*flags, "--out_dir=c", "--batch_size=4", "--gradient_accumulation_steps=2")
+    for other in ("b", "c"):
+        for a, b in zip(rows("a")[1:], rows(other)[1:], strict=True):
+            assert [float(v or 0) for v in a] == pytest.approx([float(v or 0) for v in b], rel=1e-5)
+        for name, p in load("a")["model"].items():
+            torch.testing.assert_close(load(other)["model"][name], p, atol=1e-5, rtol=0)
+
+    x, y = get_blocks(np.array(ids), 0, 8, 16, mix(1337, 0), np.array(sum(rows_of_ones, []) * 2))
+    initial = train.build_state(TrainConfig(**load("a")["config"]), "cpu", None)[0]
+    expected = torch.nn.functional.cross_entropy(initial(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+    assert float(rows("a")[2][1]) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_one_of_two_processes_is_killed(place):
