@@ -32,8 +32,10 @@ from lib.errors import one_line_errors
 from lib.files import owned_folder
 from lib.log import closing, open_log, opening, plot_log, printer
 from lib.machine import autocast, keep_memory, pick_matmul, try_compiling
+from lib.optimizer import build_optimizer, load_optimizer
 from lib.processes import end_on_signals, end_processes, note_signals, start_processes
 from lib.tokenizer import END_OF_TEXT, encode, load_tokenizer
+from lib.trackers import open_tracker
 from lib.weights import check_shapes, checkpoint_config, find_weights, load_network
 from model import ModelConfig, SmolLM2
 
@@ -52,7 +54,9 @@ class TrainConfig(ModelConfig):
     batch_size: int = 4  # sequences at once in one process: as many as fit in memory
     block_size: int = 256  # tokens per sequence
     gradient_accumulation_steps: int = 1  # micro-batches summed into one update
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW on the embedding and the norms
+    muon_learning_rate: float | None = None  # the highest, of those matrices; by default learning_rate
     max_iters: int = 5_000  # updates in all, including those before a resume
     learning_rate: float = 3e-4  # the highest, after warmup
     weight_decay: float = 0.1  # on matrices only
@@ -67,6 +71,7 @@ class TrainConfig(ModelConfig):
     wsd_decay_iters: int = 500  # wsd only: length of the decay, which ends at lr_decay_iters
     # logging, evaluation, sampling
     log_interval: int = 10  # iterations between log lines
+    tracker: Literal["none", "trackio", "wandb", "tensorboard"] = "none"  # sends the rows of log.csv there as well
     eval_interval: int = 500  # iterations between checkpoints, each followed by an evaluation
     eval_iters: int = 40  # batches of val.bin per evaluation, always the same ones
     save_best: bool = False  # keep the weights with the lowest val loss in best.pt, for runs that overfit
@@ -97,26 +102,13 @@ class TrainConfig(ModelConfig):
                 f"min_lr is {lowest:g}: it must lie between 0 and learning_rate ({self.learning_rate:g}), "
                 f"for example --min_lr={self.learning_rate / 10:g}"
             )
+        if self.muon_learning_rate is not None and not 0 <= self.muon_learning_rate <= 100:
+            raise ValueError(f"muon_learning_rate is {self.muon_learning_rate!r}: it must be a number from 0 to 100")
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
                 f"block_size {self.block_size} is longer than the context: "
                 f"raise max_position_embeddings ({self.max_position_embeddings}), or lower block_size"
             )
-
-
-def get_lr(config, iter_num):
-    """Learning rate of the update that follows iter_num updates: a pure function, so a resume needs no state."""
-    if iter_num < config.warmup_iters:
-        return config.learning_rate * (iter_num + 1) / config.warmup_iters
-    if config.schedule == "cosine":
-        length = config.lr_decay_iters - config.warmup_iters
-        done = (iter_num - config.warmup_iters) / max(1, length)
-        share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    else:
-        left = (config.lr_decay_iters - iter_num) / max(1, config.wsd_decay_iters)
-        share = min(1.0, max(0.0, left))
-    min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
-    return min_lr + share * (config.learning_rate - min_lr)
 
 
 def saved_settings(config):
@@ -144,30 +136,12 @@ def resolve(config, device, world_size):
     return replace(config, device=device, dtype=matmul[0][0], float32_matmul_precision=matmul[0][1])
 
 
-def build_state(config, device, source):
-    """(model, optimizer, scheduler) at iteration 0, with random weights or those of a Source."""
+def build_model(config, device, source):
+    """The network with random weights or those of a Source."""
     torch.manual_seed(config.seed)
     model = load_network(source, config) if source else SmolLM2(config)
-    model.to(device)
     model.activation_checkpointing = config.activation_checkpointing
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() != 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=norms, weight_decay=0.0)]
-    # lr=1.0 here, because the scheduler multiplies it by get_lr
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iter_num: get_lr(config, iter_num))
-    return model, optimizer, scheduler
-
-
-def load_state(checkpoint, config, model, optimizer, scheduler):
-    """Put a checkpoint's state into model, optimizer and scheduler."""
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
-    # the optimizer brought its saved settings along; those given by flag or config file win
-    for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
-        lr = get_lr(config, checkpoint["iter_num"])
-        group.update(weight_decay=decay, betas=(config.beta1, config.beta2), lr=lr)
+    return model.to(device)
 
 
 def train(config):
@@ -200,9 +174,11 @@ def train(config):
                 f"prepare {saved['dataset']} again, or start a new run with --init_from={ckpt_path}"
             )
         config = replace(config, init_from=saved["init_from"])  # keep on record how the run began
-        model, optimizer, scheduler = build_state(config, device, source=None)
+        model = build_model(config, device, source=None)
+        optimizer, scheduler = build_optimizer(model, config)
         check_state(ckpt_path, checkpoint, model, optimizer)
-        load_state(checkpoint, config, model, optimizer, scheduler)
+        model.load_state_dict(checkpoint["model"])
+        load_optimizer(optimizer, scheduler, checkpoint, config)
         resumed_at = iter_num
         if iter_num < config.max_iters:
             say(f"resuming at iteration {iter_num + 1}, from {ckpt_path}")
@@ -219,7 +195,8 @@ def train(config):
         keep_or_overwrite(out_dir, config.overwrite)
         source = None if config.init_from == "scratch" else find_weights(config.init_from)
         say(source.about if source else f"a new network, from seed {config.seed}")
-        model, optimizer, scheduler = build_state(config, device, source)
+        model = build_model(config, device, source)
+        optimizer, scheduler = build_optimizer(model, config)
 
     # ---- Computation: autocast for the matrix products, compiled blocks, one copy of the network per process
     def try_step():
@@ -276,7 +253,8 @@ def train(config):
         encoding = load_tokenizer(**tokenizer) if config.sample_interval else None
         if encoding and len(encode(encoding, config.sample_prompt)) > config.max_position_embeddings:
             sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
-        log, sync_log = open_log(log_path, iter_num, config.log_interval, say)
+        track = open_tracker(config.tracker, out_dir, iter_num, asdict(config), say)
+        log, sync_log = open_log(log_path, iter_num, config.log_interval, say, track)
     say(opening(config, meta, model, iter_num, world_size))
 
     # ---- The loop

@@ -7,8 +7,10 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     chat         the Instruct releases' chat template
     machine      device, dtype, matmul precision, memory, torch.compile
     processes    one process or torchrun's, and the signals that stop them
+    optimizer    AdamW, Muon and the learning-rate schedule
     checkpoint   ckpt.pt, its keys and versions
     log          log.csv, loss.png, the closing summary
+    trackers     log.csv's rows to trackio, wandb or tensorboard
     config_file  `name = value` files -> settings
     files        files written whole, folders with one writer, sha256
     errors       one line in place of a traceback

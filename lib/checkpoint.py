@@ -96,11 +96,15 @@ def check_state(path, checkpoint, model, optimizer):
     End the program with one line if the tensors of a checkpoint are not those of this model and optimizer. torch does
     not check the moments itself: the fused AdamW would write beyond a tensor that is too small.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    ours = "muon" if any("momentum" in group for group in optimizer.param_groups) else "adamw"
+    if ours != (saved := checkpoint["config"].get("optimizer", "adamw")):
+        sys.exit(f"error: {path} holds the state of {saved}, not {ours}: leave out --optimizer, or --init_from={path}")
     expected = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, p in enumerate(params):
-        expected |= {f"optimizer/state/{i}/{name}": p for name in ("exp_avg", "exp_avg_sq")}
-        expected[f"optimizer/state/{i}/step"] = torch.zeros(())
+    params = [(p, "momentum" in group) for group in optimizer.param_groups for p in group["params"]]
+    for i, (p, of_muon) in enumerate(params):
+        names = ("momentum_buffer",) if of_muon else ("exp_avg", "exp_avg_sq")
+        expected |= {f"optimizer/state/{i}/{name}": p for name in names}
+        expected |= {} if of_muon else {f"optimizer/state/{i}/step": torch.zeros(())}
     here = {name: t for name, t in tensors(checkpoint).items() if name.startswith(("model/", "optimizer/"))}
     for name in sorted(expected.keys() | here.keys()):
         a, b = here.get(name), expected.get(name)

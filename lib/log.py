@@ -1,7 +1,7 @@
 """
 What a run tells: the lines it opens and closes with, out/log.csv, and the curve drawn from it.
 
-    log, sync_log = open_log("out/log.csv", iter_num=0)   # on resume, later rows are cut off first
+    log, sync_log = open_log("out/log.csv", iter_num, log_interval=10, say=print)    # a resume first cuts later rows
     log(iter=10, loss=9.8, lr=3e-4)                       # one row; a metric not given stays empty
     sync_log()                                            # all rows are on the disk, as safe as a checkpoint
     plot_log("out/log.csv", "out/loss.png")
@@ -63,12 +63,12 @@ def printer(bar):
     return say
 
 
-def open_log(path, iter_num, log_interval, say):
+def open_log(path, iter_num, log_interval, say, track=lambda **row: None):
     """
-    Two functions: log(**values) appends a row to log.csv, and sync_log() flushes all rows to the disk. First, the
-    file is cut back to what the checkpoint at iter_num had seen: rows of later iterations go, and so does the
-    evaluation that followed the save, because a resume repeats it. Columns this version does not know are kept. Rows
-    that are missing or cannot be read are told with say().
+    Two functions: log(**values) appends a row to log.csv and gives it to track(), and sync_log() flushes all rows to
+    the disk. First, the file is cut back to what the checkpoint at iter_num had seen: rows of later iterations go, and
+    so does the evaluation that followed the save, because a resume repeats it. Columns this version does not know are
+    kept. Rows that are missing or cannot be read are told with say().
     """
     columns, kept = COLUMNS, []
     if iter_num > 0:
@@ -94,6 +94,7 @@ def open_log(path, iter_num, log_interval, say):
     def log(**values):
         csv.DictWriter(file, columns).writerow(values)
         file.flush()
+        track(**values)
 
     return log, lambda: os.fsync(file.fileno())
 

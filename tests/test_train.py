@@ -24,9 +24,10 @@ import train
 from configurator import configure
 from lib.batches import get_blocks, mix
 from lib.checkpoint import read_checkpoint, write_checkpoint
+from lib.optimizer import get_lr
 from lib.tokenizer import TOKENIZER_SHA256
 from resume_test import ResumeTestConfig
-from train import TrainConfig, get_lr, saved_settings
+from train import TrainConfig, saved_settings
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -255,7 +256,7 @@ def test_the_mean_is_over_the_tokens_that_carry_a_loss(place, real_ids):
             torch.testing.assert_close(load(other)["model"][name], p, atol=1e-5, rtol=0)
 
     x, y = get_blocks(np.array(ids), 0, 8, 16, mix(1337, 0), np.array(sum(rows_of_ones, []) * 2))
-    initial = train.build_state(TrainConfig(**load("a")["config"]), "cpu", None)[0]
+    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu", None)
     expected = torch.nn.functional.cross_entropy(initial(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     assert float(rows("a")[2][1]) == pytest.approx(expected.item(), rel=1e-5)
 
@@ -672,3 +673,39 @@ def test_out_of_memory(place, monkeypatch):
 
     monkeypatch.setattr(train.SmolLM2, "forward", full)
     assert run("--out_dir=a").startswith("error: out of memory (CUDA out of memory): lower batch_size (4)")
+
+
+def test_muon_against_two_optimizers_of_torch(place):
+    """The blocks' matrices move as torch.optim.Muon moves them, embedding and norms as AdamW does; resume is exact."""
+    flags = ["--optimizer=muon", "--muon_learning_rate=0.02", "--grad_clip=0", "--beta2=0.98"]
+    run(*flags, "--out_dir=a")
+    run(*flags, "--out_dir=b", "--max_iters=5")
+    run("--out_dir=b", *RESUME)
+    assert_same("a", "b")
+
+    config = TrainConfig(**load("a")["config"])
+    peer = train.build_model(config, "cpu", None)
+    hidden = [p for name, p in peer.named_parameters() if "proj" in name]
+    rest = {False: [], True: []}
+    for name, p in peer.named_parameters():
+        if "proj" not in name:
+            rest["norm" in name].append(p)
+    adamw = torch.optim.AdamW(
+        [dict(params=rest[False], weight_decay=0.1), dict(params=rest[True], weight_decay=0.0)],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    muon = torch.optim.Muon(hidden, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    data = np.fromfile("data/text/train.bin", "<u2")
+    for i in range(12):
+        for group, factor in zip([*adamw.param_groups, *muon.param_groups], (1, 1, 2), strict=True):
+            group["lr"] = get_lr(config, i) * factor
+        x, y = get_blocks(data, 4 * i, 4, 16, mix(config.seed, 0))
+        peer(x, y).backward()
+        for optimizer in (adamw, muon):
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, p in peer.state_dict().items():
+        torch.testing.assert_close(load("a")["model"][name], p, atol=1e-5, rtol=0)
+
+    assert "holds the state of muon" in run("--init_from=resume", "--out_dir=b", "--max_iters=14", "--optimizer=adamw")
