@@ -1,17 +1,20 @@
 """
-Text goes in; data/<name>/train.bin, val.bin and meta.json come out.
+Text or conversations go in; data/<name>/train.bin, val.bin and meta.json come out.
 
     python prepare_data.py                                                 # Python's own standard library
     python prepare_data.py --dataset=my/notes.txt                          # a file, folder or glob: data/notes/
     python prepare_data.py --dataset=~/linux --suffixes=.c,.h              # these suffixes are plain text, too
     python prepare_data.py --dataset=roneneldan/TinyStories --max_documents=100000      # streamed from the Hub
+    python prepare_data.py --dataset=python_chat                           # questions and answers about Python
+    python prepare_data.py --dataset=my/chats.jsonl --block_size=1024      # conversations, in rows for train.py
 
-lib/folders.py finds the files, lib/readers.py reads them, and lib/dataset.py says what is in the three that come out.
-Text is read, cut and encoded a few hundred kB at a time, so memory does not grow with the length of a document or the
-size of the corpus.
+lib/folders.py finds the files, lib/readers.py reads them, lib/conversations.py knows a conversation by its columns, and
+lib/dataset.py says what is in the files that come out. Text is read, cut and encoded a few hundred kB at a time, so
+memory does not grow with the length of a document or the size of the corpus.
 """
 
 import collections
+import contextlib
 import functools
 import glob
 import hashlib
@@ -27,25 +30,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import configure, reject
+from lib.conversations import (
+    conversation_table,
+    encode_conversations,
+    lost_conversations,
+    packed,
+    with_answers,
+    write_rows,
+)
 from lib.decoding import COMPRESSED, CONVERT, decompressed_name
 from lib.errors import first_line
 from lib.files import owned_folder, written_whole
 from lib.folders import left_out_line, literal_part, matches, text_files, walk
-from lib.readers import CHUNK, ROWS, SUFFIXES, documents, format_of
+from lib.python_chat import python_chat
+from lib.readers import CHUNK, ROWS, SUFFIXES, conversation, documents, format_of
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn text into token ids. Without flags: this Python's standard library, about 12 MB, no network needed."""
+    """Text or conversations -> token ids. Without flags: this Python's standard library, 12 MB, no network needed."""
 
-    dataset: str = "python"  # python, shakespeare, a file of text or rows, a folder, a glob, or a Hub dataset org/name
+    dataset: str = "python"  # python, python_chat, shakespeare, a file, a folder, a glob, or a Hub dataset org/name
     name: str = ""  # the folder to write under data_dir; by default the dataset's own name, or the path's stem
     data_dir: str = "data"  # the folder that holds all datasets; train.py reads data/
     val_fraction: float = 0.1  # share of the documents held out for validation, between 0 and 1
@@ -53,7 +65,11 @@ class PrepareConfig:
     suffixes: str = (
         ""  # further suffixes that are plain text: .c,.h,.rs or all, which takes every text file of a folder
     )
-    text_column: str = "text"  # the column of .jsonl, .csv, .parquet, ... and Hub datasets that holds the text
+    text_column: str = "text"  # rows: the column that holds the text; a row without it may be a conversation
+    prompt_column: str = ""  # conversations: the column of the user's words, where its name does not tell
+    answer_column: str = ""  # conversations: the column of the assistant's; the two go before text_column
+    block_size: int = 512  # conversations: they are packed into rows for this block_size; train.py must use the same
+    loss_on: Literal["assistant", "all"] = "assistant"  # conversations: whose tokens are learnt
     subset: str = ""  # Hub: the dataset's configuration, if it has several
     split: str = "train"  # Hub: which split to read; train.bin and val.bin are both made from it
     max_documents: int | None = None  # stop after this many documents, for a corpus larger than the disk
@@ -81,8 +97,9 @@ class Source(NamedTuple):
 def find_source(config):
     """The Source that --dataset= names."""
     dataset = config.dataset
-    if dataset == "python":
+    if dataset in ("python", "python_chat"):
         what = f"the standard library of Python {platform.python_version()}"
+        what = f"questions and answers from {what}" if dataset == "python_chat" else what
         return Source(dataset, what, dataset, standard_library(), {})
     if dataset == "shakespeare":  # its one file is downloaded later
         return Source(dataset, f"tiny shakespeare, {SHAKESPEARE_URL}", dataset, [], {})
@@ -108,8 +125,8 @@ def find_source(config):
         of = f"{config.subset}, split {config.split}" if config.subset else f"split {config.split}"
         what = f"Hub dataset {dataset}, {of}"
         return Source(dataset.split("/")[1], what, what, None, {})
-    near = get_close_matches(dataset, ("python", "shakespeare"), n=1)
-    names = "name python, shakespeare, a file, folder or glob, or a Hub dataset org/name"
+    near = get_close_matches(dataset, ("python", "python_chat", "shakespeare"), n=1)
+    names = "name python, python_chat, shakespeare, a file, folder or glob, or a Hub dataset org/name"
     reject(f"dataset={dataset}: no such dataset or path: {f'did you mean {near[0]}?' if near else names}")
 
 
@@ -144,11 +161,11 @@ def fetch_shakespeare(path):
 # Documents -> pieces of train and of val
 
 
-def pieces(stream, val_fraction, sources):
+def split_by_hash(stream, val_fraction):
     """
-    Cut documents into short texts to be encoded one by one. Yields (split, text) in order, and (split, None) at the
-    end of each document. A document goes to train or to val by a hash of its content, so a duplicate never sits in
-    both. A single document is cut in two instead: its last tenth (val_fraction) goes to val.
+    (the documents again, val_fraction, alone): a document goes to val if its place(document) is below val_fraction. So
+    a duplicate never sits in both. If train or val would get none, another val_fraction is returned that gives it the
+    nearest one. alone: they are all one and the same document.
     """
     ahead, alone = [], False
     for document in stream:
@@ -158,16 +175,23 @@ def pieces(stream, val_fraction, sources):
     else:  # the stream ended, and all its documents would go to the same split
         places = sorted({place(document) for document in ahead})
         alone = len(places) == 1
-        if alone:
-            tqdm.write("note: this is a single document: its end is held out for val")
-        elif places:
+        if len(places) > 1:
             empty = "val" if places[0] >= val_fraction else "train"
             tqdm.write(f"note: none of these {len(ahead)} documents fell into {empty}: the nearest one was put there")
             val_fraction = places[1] if empty == "val" else places[-1]
+    return itertools.chain(ahead, stream), val_fraction, alone
 
-    for document in itertools.chain(ahead, stream):
-        sources["sha256"].update(document.sha256)
-        sources["documents"] += 1
+
+def pieces(stream, val_fraction, sources):
+    """
+    Cut documents into short texts to be encoded one by one. Yields (split, text) in order, and (split, None) at the
+    end of each document. A document goes to train or to val by a hash of its content. A single document is cut in two
+    instead: its last tenth (val_fraction) goes to val.
+    """
+    stream, val_fraction, alone = split_by_hash(stream, val_fraction)
+    if alone:
+        tqdm.write("note: this is a single document: its end is held out for val")
+    for document in counted(stream, sources):
         held_out = place(document) < val_fraction
         # Characters before `border` go to train, the others to val.
         border = int(document.chars * (1 - val_fraction)) if alone else 0 if held_out else document.chars
@@ -189,6 +213,14 @@ def pieces(stream, val_fraction, sources):
             yield "train", None
         if alone or held_out:
             yield "val", None
+
+
+def counted(stream, sources):
+    """The documents again, each counted."""
+    for document in stream:
+        sources["sha256"].update(document.sha256)
+        sources["documents"] += 1
+        yield document
 
 
 def place(document):
@@ -280,42 +312,79 @@ def write_bins(files, encoded, total):
     return {split: counts[split] | {"sha256": digests[split].hexdigest()} for split in files}
 
 
+def write_text(files, stream, config, encoding, sources, total):
+    """Documents of text -> train.bin and val.bin. total: as in write_bins. Returns {split: its counts and sha256}."""
+    work = bundles(pieces(stream, config.val_fraction, sources))
+    encoded = on_all_cores(functools.partial(encode_bundle, encoding), work)
+    counts = write_bins({split: files[f"{split}.bin"] for split in ("train", "val")}, encoded, total)
+    for split, other in (("train", "lower"), ("val", "raise")):
+        if counts[split]["tokens"] == counts[split]["documents"]:
+            sys.exit(f"error: {config.dataset}: too short to split, {split} is empty: {other} --val_fraction")
+    return counts
+
+
+def write_conversations(files, stream, config, encoding, sources):
+    """Conversations -> rows of block_size + 1 ids, and their masks. Returns {split: its counts and sha256s}."""
+    length = config.block_size + 1
+    sources |= {"loss_on": config.loss_on, "without_an_answer": 0, "cut_before_the_answer": 0}
+    stream = counted(stream, sources)
+    work = iter(lambda: list(itertools.islice(stream, 64)), [])
+    encoded = on_all_cores(functools.partial(encode_conversations, encoding, config.loss_on, length), work)
+    learnable = with_answers(itertools.chain.from_iterable(encoded), sources)
+    learnable, val_fraction, alone = split_by_hash(learnable, config.val_fraction)
+    if alone:
+        sys.exit(f"error: {config.dataset}: holds a single conversation, which is not cut in two: add one for val")
+    in_splits = (("val" if place(one) < val_fraction else "train", one) for one in learnable)
+    counts = write_rows(files, packed(in_splits, length), length, encoding)
+    lost = "; ".join(lost_conversations(sources))
+    if not any(counts[split]["documents"] for split in counts):
+        sys.exit(f"error: {config.dataset}: nothing to learn in it, {lost}")
+    for split, other in (("train", "lower"), ("val", "raise")):
+        if not counts[split]["bytes"]:
+            sys.exit(f"error: {config.dataset}: too short to split, {split} has no answer: {other} --val_fraction")
+    return counts
+
+
 def write_dataset(folder, config, files, encoding, meta):
     """
-    Write train.bin, val.bin and meta.json to `folder`. meta: the first keys of meta.json. Returns all of them.
+    Write train.bin, val.bin, for conversations their masks, and meta.json to `folder`. meta: the first keys of
+    meta.json. Returns all of them.
 
-    All three files are complete on the disk before the first is renamed to its final name. So an error or a kill
-    leaves the earlier dataset untouched, unless it comes during the renames. Even then meta.json never lies: the old
-    one is removed before the renames, and the new one is renamed last.
+    All files are complete on the disk before the first is renamed to its final name. So an error or a kill leaves the
+    earlier dataset untouched, unless it comes during the renames. Even then meta.json never lies: the old one is
+    removed before the renames, and the new one is renamed last.
     """
     rows = {*ROWS, *COMPRESSED}
     plain = files and config.max_documents is None and not any(file.suffix.lower() in rows for file in files)
     total = sum(file.stat().st_size for file in files) if plain else None
     sources = meta["sources"] | {"sha256": hashlib.sha256()}  # of the documents' sha256s, in order
     sources |= {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
-    with (
-        written_whole(folder / "meta.json", "w") as meta_file,
-        written_whole(folder / "val.bin") as val_file,
-        written_whole(folder / "train.bin") as train_file,
-    ):
-        stream = itertools.islice(documents(files, config, sources), config.max_documents)
-        work = bundles(pieces(stream, config.val_fraction, sources))
-        encoded = on_all_cores(functools.partial(encode_bundle, encoding), work)
-        counts = write_bins({"train": train_file, "val": val_file}, encoded, total)
-
-        if not sources["documents"]:
-            sys.exit(f"error: {config.dataset}: no text in it, every document is empty: name another --dataset")
-        for split, other in (("train", "lower"), ("val", "raise")):
-            if counts[split]["tokens"] == counts[split]["documents"]:
-                sys.exit(f"error: {config.dataset}: too short to split, {split} is empty: {other} --val_fraction")
-
+    if config.dataset == "python_chat":
+        stream = (conversation(messages, sources) for messages in python_chat(files))
+    else:
+        stream = documents(files, config, sources)
+    stream = itertools.islice(stream, config.max_documents)
+    if (first := next(stream, None)) is None:
+        sys.exit(f"error: {config.dataset}: no text in it, every document is empty: name another --dataset")
+    stream = itertools.chain([first], stream)
+    masks = [] if first.messages is None else ["val_mask.bin", "train_mask.bin"]
+    with contextlib.ExitStack() as stack:
+        meta_file = stack.enter_context(written_whole(folder / "meta.json", "w"))
+        out = {name: stack.enter_context(written_whole(folder / name)) for name in [*masks, "val.bin", "train.bin"]}
+        if masks:
+            meta = meta | {"block_size": config.block_size}
+            counts = write_conversations(out, stream, config, encoding, sources)
+        else:
+            counts = write_text(out, stream, config, encoding, sources, total)
         meta = meta | {"sources": sources | {"sha256": sources["sha256"].hexdigest()}} | counts
         meta_file.write(json.dumps(meta, indent=2) + "\n")
-        for file in (train_file, val_file, meta_file):  # a full disk must fail here, before anything is replaced
+        for file in (*out.values(), meta_file):  # a full disk must fail here, before anything is replaced
             file.flush()
             os.fsync(file.fileno())
         (folder / "meta.json").unlink(missing_ok=True)
-    # The end of the block has renamed the three files: train.bin, the innermost, first, and meta.json last.
+        for name in ("val_mask.bin", "train_mask.bin"):
+            (folder / name).unlink(missing_ok=True)  # an earlier dataset's, which this one may not have
+    # The end of the block has renamed the files, the last one opened first, and so meta.json last.
     return meta
 
 
@@ -329,14 +398,15 @@ def table(counts):
 
 
 def notes(sources, column):
-    """What happened to the text on its way, as lines of text."""
+    """What happened to the text on its way, as lines of text. column: the text's, or what was looked for instead."""
     for encoding, found in sources.get("encodings", {}).items():
         others = f" and {found['files'] - 1:,} more" if found["files"] > 1 else ""
         yield f"read as {encoding}: {found['first']}{others}"
     if sources["left_out"]:
         yield left_out_line(sources["left_out"])
     if lacking := sources.get("rows_without_column"):
-        yield f"note: {lacking:,} rows without a column {column} were left out: {sources['first_without_column']}"
+        yield f"note: {lacking:,} rows without a {column} were left out: {sources['first_without_column']}"
+    yield from (f"note: {line}" for line in lost_conversations(sources))
     if sources["empty_documents"]:
         yield f"note: {sources['empty_documents']:,} empty documents were left out"
     if bad := sources["undecodable_bytes"]:
@@ -362,6 +432,10 @@ def main(config):
         reject(f"val_fraction={config.val_fraction}: not between 0 and 1: give a share, for example 0.1")
     if config.max_documents is not None and config.max_documents < 1:
         reject(f"max_documents={config.max_documents}: no document would be left: give 1 or more")
+    if config.block_size < 1:
+        reject(f"block_size={config.block_size}: no conversation fits: give the one you train with, for example 512")
+    if bool(config.prompt_column) != bool(config.answer_column):
+        reject("a conversation has two columns: give both --prompt_column and --answer_column")
     name, what, identity, files, left_out = find_source(config)
     name = config.name or name
     if name in ("", ".", "..") or re.search(r'[/\\:*?"<>|\0]', name):
@@ -399,12 +473,13 @@ def main(config):
         )
     seconds = time.perf_counter() - started
 
-    train, val = meta["train"], meta["val"]
-    both = {key: train[key] + val[key] for key in ("documents", "tokens", "bytes")}
-    print(table({"train": train, "val": val, "both": both}))
-    for line in notes(meta["sources"], config.text_column):
+    train, val, chat = meta["train"], meta["val"], "block_size" in meta
+    both = {key: count + val[key] for key, count in train.items() if isinstance(count, int)}
+    print((conversation_table if chat else table)({"train": train, "val": val, "both": both}))
+    for line in notes(meta["sources"], "conversation" if chat else f"column {config.text_column}"):
         print(line)
     speed = f"{both['tokens'] / seconds:,.0f} tokens/s, {both['bytes'] / 1e6 / seconds:.1f} MB/s"
+    speed = f"train with --block_size={config.block_size}" if chat else speed
     print(f"{folder}: {seconds:.1f} s, {speed}")
 
 

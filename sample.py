@@ -54,7 +54,8 @@ def main(config):
 
     encoding = load_tokenizer(**source.tokenizer)
     stop_ids = (END_OF_TEXT, encoding.encode_single_token("<|im_end|>"))
-    ids = chat_ids(encoding, config.prompt) if config.chat else encode(encoding, config.prompt) or [END_OF_TEXT]
+    turn = [{"role": "user", "content": config.prompt}]
+    ids = chat_ids(encoding, turn, True)[0] if config.chat else encode(encoding, config.prompt) or [END_OF_TEXT]
     idx = torch.tensor([ids], device=device)
     if config.compile:
         try_compiling(model, lambda: list(model.generate(idx, 3)), print)

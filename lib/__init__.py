@@ -5,6 +5,8 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     batches      an array of token ids -> blocks of them, in a computed order
     tokenizer    tokenizer.json -> tiktoken.Encoding; text <-> ids
     chat         the Instruct releases' chat template
+    conversations  rows with questions and answers -> messages -> ids and masks, packed
+    python_chat  the standard library's docstrings -> conversations
     machine      device, dtype, matmul precision, memory, torch.compile
     processes    one process or torchrun's, and the signals that stop them
     optimizer    AdamW, Muon and the learning-rate schedule

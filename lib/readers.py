@@ -1,5 +1,6 @@
 """
 People's files -> documents: text, rows of .jsonl, .json, .csv, .parquet and .arrow files, notebooks, Hub datasets.
+A row holds text or a conversation.
 
     for document in documents([Path("notes.txt")], config, sources):
         with document.open() as file: text = file.read()
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.conversations import messages_of
 from lib.decoding import COMPRESSED, decompressed_name, encoding_of, open_text
 from lib.errors import first_line
 
@@ -34,21 +36,23 @@ PATIENCE = 1_000  # rows: if the first so many of the only source lack the colum
 class Document:
     sha256: bytes  # of its text in UTF-8
     chars: int
-    open: Callable  # () -> its text, as a file to read from
+    open: Callable | None  # () -> its text, as a file to read from; None for a conversation
     path: Path | None = None  # the file that `open` reads once more; None if the text is in memory
+    messages: list | None = None  # of a conversation: {"role": str, "content": str} each
 
 
 def documents(files, config, sources):
     """
     Yield the documents of all files, in order. A file of plain text is one document, a notebook is one, and so is each
-    row of the other formats and of a Hub dataset. Documents without text are skipped.
+    row of the other formats and of a Hub dataset. Documents without text are skipped. Either all documents are text or
+    all are conversations: the first that is of the other kind ends the program with one line.
 
     files    list of Path; None to read the Hub dataset config.dataset
-    config   has dataset, text_column, suffixes, subset and split
+    config   has dataset, text_column, prompt_column, answer_column, suffixes, subset and split
     sources  dict; this function adds to its counts empty_documents and undecodable_bytes. Where there is something to
              tell, it sets first_undecodable, encodings, rows_without_column, first_without_column and left_out.
     """
-    rows = collections.Counter()  # with and without the column
+    rows = collections.Counter()  # with and without text or a conversation; and how many of each kind
     alone = files is None or len(files) == 1
     for path in [config.dataset] if files is None else files:
         kind = "" if files is None else format_of(path, config.suffixes)
@@ -60,6 +64,7 @@ def documents(files, config, sources):
             before = rows["with"]
             found = row_documents(ROWS[kind](path, config, sources), config, sources, rows, alone or kind != ".json")
         else:
+            of_one_kind("text", rows, path)
             found = [text_document(path, sources)]
         for document in found:
             if sources["undecodable_bytes"]:
@@ -72,7 +77,8 @@ def documents(files, config, sources):
             left_out = sources.setdefault("left_out", {})
             left_out[".json without a text column"] = left_out.get(".json without a text column", 0) + 1
     if rows["without"] and not rows["with"]:
-        sys.exit(f"error: {sources['first_without_column']}: name the text's column with --text_column")
+        way_out = "name the text's column with --text_column, or a conversation's with --prompt_column, --answer_column"
+        sys.exit(f"error: {sources['first_without_column']}: {way_out}")
 
 
 def format_of(path, suffixes=""):
@@ -148,33 +154,74 @@ def measure(file):
 
 def row_documents(rows, config, sources, counts, strict):
     """
-    The Documents in one column of the rows, which are (file and line or row, dict). Rows without the column are counted
-    and left out. strict: a row that is no object is an error, and rows without the column are told.
+    The Documents in the rows, which are (file and line or row, dict). A row is text if it has config.text_column and
+    config.prompt_column is not set. Otherwise it may be a conversation: lib/conversations.py says which columns tell.
+    Rows that are neither are counted and left out. strict: they are told, and a row that is no object is an error.
     """
     column, first = config.text_column, counts["with"] + counts["without"] == 0
     for where, row in rows:
         if not isinstance(row, dict) and strict:
             sys.exit(f"error: {where}: the JSON value is not an object: put one object on each line")
-        if not isinstance(row, dict) or column not in row:
+        document, wrong = None, ""
+        if isinstance(row, dict):
+            if column in row and not config.prompt_column:
+                document = row_text(row[column], column, where, sources)
+            else:
+                try:
+                    document = conversation(messages_of(row, config), sources)
+                except ValueError as error:
+                    wrong = str(error)
+        if document is None or document.messages is not None and counts["text"] and not strict:
             if strict:
                 counts["without"] += 1
                 has = f"only {', '.join(map(str, row))}" if row else "and no other"
-                sources.setdefault("first_without_column", f"{where}: no column {column}, {has}")
+                wanted = f"columns {config.prompt_column} and {config.answer_column}"
+                wanted = wanted if config.prompt_column else f"column {column}"
+                sources.setdefault("first_without_column", f"{where}: {wrong or f'no {wanted}, {has}'}")
                 sources["rows_without_column"] = counts["without"]
             if strict and first and counts["without"] == PATIENCE and not counts["with"]:
                 return
             continue
         counts["with"] += 1
-        text = "" if row[column] is None else row[column]
-        if not isinstance(text, str):
-            sys.exit(f"error: {where}: column {column} holds {text!r:.40}, not text: name another with --text_column")
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # JSON's \ud83d alone is half of a surrogate pair, which UTF-8 cannot represent
-            text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
-            sources["undecodable_bytes"] += 6 * halves
-        open_row = functools.partial(io.StringIO, text, newline="")
-        yield Document(*measure(open_row()), open_row)
+        of_one_kind("text" if document.messages is None else "a conversation", counts, where)
+        yield document
+
+
+def of_one_kind(kind, counts, where):
+    """End the program with one line if what came before is not of this kind: "text" or "a conversation"."""
+    counts[kind] += 1
+    other = "a conversation" if kind == "text" else "text"
+    if counts[other]:
+        sys.exit(f"error: {where}: is {kind}, but {other} came before it: name a file or a glob of one kind")
+
+
+def row_text(text, column, where, sources):
+    """The text in a row's column, as a Document."""
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        sys.exit(f"error: {where}: column {column} holds {text!r:.40}, not text: name another with --text_column")
+    text = without_halves(text, sources)
+    open_row = functools.partial(io.StringIO, text, newline="")
+    return Document(*measure(open_row()), open_row)
+
+
+def conversation(messages, sources):
+    """A list of {"role": str, "content": str} as a Document, whatever the format it was read from. None -> None."""
+    if messages is None:
+        return None
+    messages = [{name: without_halves(message[name], sources) for name in ("role", "content")} for message in messages]
+    digest = hashlib.sha256(json.dumps(messages).encode()).digest()
+    return Document(digest, sum(len(message["content"]) for message in messages), None, messages=messages)
+
+
+def without_halves(text, sources):
+    """JSON's \\ud83d alone is half of a surrogate pair. UTF-8 has no such thing: it becomes U+FFFD and is counted."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
+        sources["undecodable_bytes"] += 6 * halves
+    return text
 
 
 def jsonl_rows(path, config, sources):
@@ -263,7 +310,7 @@ def notebook_rows(path, config, sources):
 
 
 def parquet_rows(path, config, sources):
-    """Yield (where, row) for each row. If the file has the column, no other column is read."""
+    """Yield (where, row) for each row. If the file has the text's column, no other column is read."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -271,7 +318,8 @@ def parquet_rows(path, config, sources):
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [config.text_column] if config.text_column in file.schema_arrow.names else None
+            is_text = config.text_column in file.schema_arrow.names and not config.prompt_column
+            columns = [config.text_column] if is_text else None
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -292,7 +340,7 @@ def arrow_rows(path, config, sources):
             if config.split not in table:
                 sys.exit(f"error: {path}: no split {config.split}, only {', '.join(table)}: name one with --split")
             table = table[config.split]
-        if config.text_column in table.column_names:
+        if config.text_column in table.column_names and not config.prompt_column:
             table = table.select_columns([config.text_column])
         for number, row in enumerate(table, 1):
             yield f"{path}, row {number}", row
