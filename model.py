@@ -254,15 +254,20 @@ class SmolLM2(nn.Module):
         self.head = torch.compile(self.head)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None):
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop_ids=(), known=None,
+        generator=None,
+    ):  # fmt: skip
         """
         Continue idx (B, T) by up to max_new_tokens, yielding one (B,) tensor of new ids at a time.
 
-        temperature  0 is greedy: always the likeliest token
-        top_k        keep the k likeliest tokens
-        top_p        keep the fewest likeliest tokens whose probabilities add up to p
-        stop_ids     end once every row has produced one of these; a row that has repeats it until then
-        generator    torch.Generator to draw from, so that sampling disturbs no other random numbers
+        temperature         0 is greedy: always the likeliest token
+        top_k               keep the k likeliest tokens; 0 or less keeps all
+        top_p               keep the fewest likeliest tokens whose probabilities add up to p
+        repetition_penalty  divide the logits of ids in idx by this where positive, else multiply (arXiv 1909.05858)
+        stop_ids            end once every row has produced one of these; a row that has repeats it until then
+        known               (V,) bool: the ids that may be drawn; by default all
+        generator           torch.Generator to draw from, so that sampling disturbs no other random numbers
 
         When the context (max_position_embeddings) is full, the older half is forgotten.
         Raises ValueError when idx itself is longer than the context.
@@ -278,6 +283,12 @@ class SmolLM2(nn.Module):
                 caches = [KVCache(context) for _ in caches]
             x = self.hidden(unread, caches)[:, -1]  # (B, C)
             logits = self.head(x).float()  # (B, V)
+            if known is not None:
+                logits = logits.masked_fill(~known, -torch.inf)
+            if repetition_penalty != 1:
+                seen = logits.gather(1, idx)  # (B, T)
+                seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
+                logits = logits.scatter(1, idx, seen)
             new = sample_ids(logits, temperature, top_k, top_p, generator)  # (B,)
             new = torch.where(stopped, idx[:, -1], new)
             yield new
@@ -315,11 +326,11 @@ def sample_ids(logits, temperature, top_k, top_p, generator):
 
 def sampling_probs(logits, top_k, top_p):
     """Sampling probabilities from logits (B, V): the softmax, with 0 for ids that top_k or top_p leaves out."""
-    if top_k is not None:
+    if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
-    if top_p is not None:
+    if top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
         before = sorted_probs.cumsum(-1) - sorted_probs  # the sum of all likelier tokens
         out = (before >= top_p) & (before > 0)  # the likeliest token always stays

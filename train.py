@@ -34,7 +34,7 @@ from lib.log import closing, open_log, opening, plot_log, printer
 from lib.machine import autocast, keep_memory, pick_matmul, try_compiling
 from lib.optimizer import build_optimizer, load_optimizer
 from lib.processes import end_on_signals, end_processes, note_signals, start_processes
-from lib.tokenizer import END_OF_TEXT, encode, load_tokenizer
+from lib.tokenizer import END_OF_TEXT, encode, known_ids, load_tokenizer
 from lib.trackers import open_tracker
 from lib.weights import check_shapes, checkpoint_config, find_weights, load_network
 from model import ModelConfig, SmolLM2
@@ -237,9 +237,10 @@ def train(config):
         """A text that begins with sample_prompt, from a generator of its own, so that sampling changes nothing."""
         ids = encode(encoding, config.sample_prompt) or [END_OF_TEXT]
         generator = torch.Generator(device).manual_seed(mix(config.seed, iter_num) >> 1)
+        known = torch.tensor(known_ids(encoding, config.vocab_size), device=device)
         with autocast(device, config.dtype), torch.compiler.set_stance("force_eager"):
             idx = torch.tensor([ids], device=device)
-            new = model.generate(idx, config.sample_tokens, temperature=0.8, top_k=50, generator=generator)
+            new = model.generate(idx, config.sample_tokens, 0.8, top_k=50, known=known, generator=generator)
             return encoding.decode(ids + [i.item() for i in new])
 
     def save(name, **state):

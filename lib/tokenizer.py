@@ -161,6 +161,12 @@ def encode(encoding, text):
     return encode_array(encoding, text).tolist()
 
 
+def known_ids(encoding, vocab_size):
+    """Whether each id below vocab_size stands for a token: list of bool. A vocabulary may be padded to a round size."""
+    added = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    return [i < VOCAB_SIZE or i in added for i in range(vocab_size)]
+
+
 # ---------------------------------------------------------------------------------------------
 # Where tokenizer.json comes from
 

@@ -310,6 +310,26 @@ def test_a_full_context_forgets_its_older_half(context):
     assert generated(network, ids(2, context), 3).shape == (2, 3)  # a prompt that fills the context
 
 
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    reference = loud(llama(SMALL))
+    idx = ids(3, 11)
+    expected = reference.generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, pad_token_id=0,
+        repetition_penalty=penalty,
+    )  # fmt: skip
+    found = generated(ours(SMALL, reference), idx, 40, temperature=0, repetition_penalty=penalty)
+    assert torch.equal(found, expected[:, 11:])
+    assert not torch.equal(found, generated(ours(SMALL, reference), idx, 40, temperature=0))
+
+
+def test_unknown_ids_are_never_drawn():
+    network = ours(SMALL, loud(llama(SMALL)))
+    known = torch.arange(256) % 8 == 3
+    for temperature in (0, 5.0):
+        assert known[generated(network, ids(3, 9), 40, temperature=temperature, known=known)].all()
+
+
 def test_stop_ids():
     network = ours(SMALL, loud(llama(SMALL)))
     free = generated(network, ids(2, 9), 40, temperature=0)
@@ -324,15 +344,15 @@ def test_stop_ids():
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [
-    (1.0, None, None), (0.7, 5, None), (1.3, None, 0.8), (0.7, 20, 0.6), (1.0, 1, None), (1.0, None, 0.0),
+    (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, -1, 0.8), (0.7, 20, 0.6), (1.0, 1, 1.0), (1.0, 0, 0.0),
     (1.0, 1_000, 0.999), (0.2, 3, 0.05),
 ])  # fmt: skip
 def test_top_k_and_top_p_are_those_of_transformers(temperature, top_k, top_p):
     logits = 4 * torch.randn(50, 256, generator=torch.Generator().manual_seed(4))
     expected = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k is not None:
+    if top_k > 0:
         expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p is not None:
+    if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     expected = expected.softmax(-1)
     probs = sampling_probs(logits / temperature, top_k, top_p)
@@ -346,7 +366,7 @@ def test_top_k_and_top_p_are_those_of_transformers(temperature, top_k, top_p):
 
 def test_ids_are_drawn_in_proportion():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    drawn = sample_ids(logits.expand(20_000, 4), 0.5, None, None, torch.Generator().manual_seed(6))
+    drawn = sample_ids(logits.expand(20_000, 4), 0.5, 0, 1.0, torch.Generator().manual_seed(6))
     expected = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30  # squared, for temperature is 1/2
     torch.testing.assert_close(drawn.bincount() / 20_000, expected, atol=0.01, rtol=0)
 
