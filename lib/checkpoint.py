@@ -104,7 +104,7 @@ def load_saved(path, mmap, what, way_out):
 
 
 def state_dict_in(saved):
-    """The {name: tensor} that `saved` is, or that it holds as "state_dict", as Lightning writes it; None without one."""
+    """The {name: tensor} that `saved` is, or that it holds as "state_dict", as Lightning's does; None if neither."""
     found = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     whole = isinstance(found, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in found.items())
     return found if whole and found else None

@@ -31,7 +31,17 @@ from huggingface_hub import constants
 
 from lib.errors import first_line
 from lib.files import read_json, sha256_of
-from lib.formats import OTHERS, is_gguf, is_safetensors, is_torch, refuse_stand_in, what_adapter, what_instead
+from lib.formats import (
+    OTHERS,
+    SUFFIXES,
+    is_gguf,
+    is_safetensors,
+    is_shard,
+    is_torch,
+    refuse_stand_in,
+    what_adapter,
+    what_instead,
+)
 
 RELEASES = {  # name: (Hub repository, pinned revision)
     "base": ("HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"),
@@ -121,9 +131,10 @@ def find_release(official="base"):
 
 def hub_name(official):
     """The name of a release, or hub:org/name@revision, for an org/name that is no path here; else `official` itself."""
-    form = re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", official, re.ASCII)
-    file = Path(official).suffix.lower() in {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-    if not form or file or Path(official).parent.exists():  # a mistyped path is not looked up
+    path = Path(official)
+    if path.parent.exists() or path.suffix.lower() in SUFFIXES:  # a path, perhaps mistyped: not to be looked up
+        return official
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", official, re.ASCII):
         return official
     return {repo: name for name, (repo, _) in RELEASES.items()}.get(official, f"hub:{official}")
 
@@ -166,7 +177,7 @@ def file_release(official):
         sys.exit(f"error: {folder} {what_adapter(folder)}")
     if not (folder / "config.json").exists():
         sys.exit(f"error: {path} holds weights alone: put the config.json of their network beside it")
-    if re.search(r"-\d+-of-\d+\.", path.name):
+    if is_shard(path):
         sys.exit(f"error: {path} is one of several shards: name their folder, --init_from={folder}")
     files = [here(folder, "config.json"), path]
     return Release(official, str(path), "file", "none", folder, {file.name: checked(file) for file in files})
@@ -199,7 +210,7 @@ def here(folder, name):
 
 
 def snapshot(path):
-    """The only revision in a repository's folder of the Hub's cache. Ends the program with one line if there are more."""
+    """The only revision in a repository's folder of the Hub's cache; if it has more, the program ends with one line."""
     revisions = sorted(revision for revision in (path / "snapshots").iterdir() if revision.is_dir())
     if len(revisions) == 1:
         return revisions[0]

@@ -42,7 +42,8 @@ class Source:
 def find_weights(init_from, out_dir="out"):
     """
     The Source that `init_from` names: "resume" is out_dir/ckpt.pt; what torch.save wrote, whatever its name, is a
-    checkpoint; anything else is a release, as lib/official.py finds it. Ends the program with one line if there is none.
+    checkpoint; anything else is a release, as lib/official.py finds it. If there is none, the program ends with one
+    line.
     """
     path = Path(out_dir) / "ckpt.pt" if init_from == "resume" else Path(init_from)
     if init_from == "resume" or is_checkpoint(path):
@@ -199,29 +200,25 @@ WRAPPERS = {  # what a module around the network puts before every name: how the
     "model.": ("model.model.", "model.lm_head."),  # one that calls the network self.model, as Lightning's often do
 }
 STRANGERS = {  # part of a tensor's name: what has such tensors, and the way out
-    "lora_A": "has a LoRA adapter beside its weights: merge it in Python, model.merge_and_unload().save_pretrained(folder)",
-    "qweight": "is quantised by GPTQ or AWQ: take the network as it was before",
-    "absmax": "is quantised by bitsandbytes: take the network as it was before",
-    "scales": "is quantised by MLX: take the network as it was before",
-    "tok_embeddings": "is in Meta's layout: take the copy for transformers, its model.safetensors",
-    "wte": "is a GPT-2, or in litgpt's layout: convert it for transformers",
+    "lora_A": "has a LoRA adapter that is not merged: where it was trained, save model.merge_and_unload()",
+    "qweight": "is quantised by GPTQ or AWQ: take the network as it was before, or a GGUF of it",
+    "absmax": "is quantised by bitsandbytes: take the network as it was before, or a GGUF of it",
+    "scales": "is quantised by MLX: take the network as it was before, or a GGUF of it",
+    "tok_embeddings": "has Meta's names and order of rows: take the copy made for transformers, a model.safetensors",
+    "wte": "is a GPT-2 or has litgpt's names: model.py takes a Llama with the names of transformers",
 }
 
 
 def prefix_of(names):
-    """What modules around the network put before every name, "module._orig_mod." for example."""
-    prefix = ""
-    while names:
-        for added, begins in WRAPPERS.items():
-            if all(name.startswith(begins) for name in names):
-                prefix, names = prefix + added, [name.removeprefix(added) for name in names]
-                break
-        else:
-            break
-    return prefix
+    """What modules around the network put before every name: "module._orig_mod.", or "" for nothing."""
+    for added, begins in WRAPPERS.items():
+        if names and all(name.startswith(begins) for name in names):
+            return added + prefix_of([name.removeprefix(added) for name in names])
+    return ""
 
 
 def without_prefix(tensors):
+    """The tensors under the names that they have in model.py."""
     prefix = prefix_of(tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
