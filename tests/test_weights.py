@@ -437,6 +437,10 @@ READ = {  # how: (what is made of a folder that transformers wrote, returning wh
     ),
     "shards of it": (in_shards, "pytorch_model-00002-of-00002.bin sha256"),
     "consolidated": (lambda folder: other_file(folder, "consolidated.safetensors").parent, "consolidated.safetensors"),
+    "a .pth before 1.6": (
+        lambda folder: other_file(folder, "any.pth", _use_new_zipfile_serialization=False),
+        "from file",
+    ),
     "a .bin, named": (lambda folder: other_file(folder, "any.bin"), "from file"),
     "a .pt beside a config": (lambda folder: other_file(folder, "any.pt"), "from file"),
     "a .safetensors, named": (lambda folder: folder / "model.safetensors", "from file"),
@@ -539,7 +543,7 @@ def instead(name, content, named=False):
 
 def two_revisions(folder):
     outer = in_the_hubs_cache(folder)
-    (outer / "snapshots/older").mkdir()
+    (outer / "snapshots/a_newer").mkdir()
     (outer / "refs").mkdir()
     (outer / "refs/main").write_text("c0ffee" + 34 * "0")
     return outer
@@ -596,6 +600,10 @@ NAMED = {  # how: (what is made of the folder, returning what is named; words of
     "a shard": (
         lambda folder: other_file(folder, "model-00001-of-00002.safetensors"),
         ["one of several shards", "--init_from=F"],
+    ),
+    "shards without an index": (
+        lambda folder: other_file(folder, "model-00001-of-00002.safetensors").parent,
+        ["F holds no model.safetensors: put model.safetensors"],
     ),
     "two revisions": (two_revisions, ["holds 2 revisions", "--init_from=F/models--org--name/snapshots/c0ffee"]),
     "ONNX": (lambda folder: empty(folder, "model.onnx"), ["F holds weights for ONNX alone (model.onnx)"]),
