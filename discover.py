@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from configurator import configure, reject
 from lib.files import written_whole
+from lib.formats import is_gguf
 from lib.layouts import deinterleave, tile_heads
 from lib.official import SHA256, describe, find_release, wheel_gguf
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
@@ -312,7 +313,7 @@ def read_onward(reader, hypothesis, tokens, context):
 def public_sources(release, is_135m):
     """{source: its claims, or None if it has none here}. The release's own source comes first."""
     own = claims(read_config(release.path), release.path)
-    if release.path.suffix == ".gguf":
+    if is_gguf(release.path):
         said = {"GGUF header": own, "config.json": None, "training YAML": None}
     else:
         said = {"config.json": own, "GGUF header": None, "training YAML": None}

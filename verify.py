@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from configurator import configure, reject
 from lib.checkpoint import read_checkpoint
 from lib.files import written_whole
+from lib.formats import is_gguf
 from lib.gguf import read_gguf_types
 from lib.layouts import deinterleave, tile_heads
 from lib.official import SHA256, describe, find_release
@@ -41,9 +42,11 @@ from lib.weights import (
     find_weights,
     head_is_tied,
     load_network,
+    prefix_of,
     read_config,
     release_source,
     release_tensors,
+    stored_tensors,
 )
 from model import KVCache, ModelConfig
 
@@ -161,12 +164,12 @@ class Weights(NamedTuple):
     config: ModelConfig
     tensors: dict  # name: tensor, in the file's dtype (fp32 from a GGUF)
     types: dict  # name: storage type: F32, BF16, Q4_1, ...
-    quantised: bool  # a .gguf, which may mix types
+    quantised: bool  # a GGUF, which may mix types
 
 
 def as_stored(path, config, tensors):
     """The Weights of a config and tensors that were read from `path`."""
-    quantised = path.suffix == ".gguf"
+    quantised = is_gguf(path)
     if quantised:
         types = dict(zip(tensors, read_gguf_types(path), strict=True))
     else:
@@ -183,8 +186,9 @@ def transformers_network(release, tensors):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = dict(attn_implementation="eager", use_cache=False)
-    if release.path.suffix == ".gguf":
-        network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**read_config(release.path), **settings))
+    own_files = release.sha256.keys() & {"model.safetensors", "model.safetensors.index.json"}
+    if not own_files or prefix_of(stored_tensors(release)):
+        network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**read_config(release.path) | settings))
         network.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
     else:  # transformers reads the files itself
         network = transformers.LlamaForCausalLM.from_pretrained(

@@ -23,5 +23,6 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     official     a release's name -> its files on this machine, hashes checked
     weights      any weights -> model.SmolLM2; config.json in and out
     gguf         .gguf files -> config, tensors, tokenizer.json
+    formats      what a file or a folder of weights is, by its content
     layouts      the same weights in another order of rows or heads
 """

@@ -26,6 +26,7 @@ import torch
 
 from lib.errors import first_line, way_out
 from lib.files import written_whole
+from lib.formats import first_bytes, is_torch, stand_in
 
 VERSION = 1  # raise it when a reader of today would misunderstand the file
 WEIGHTS = {"model": dict, "iter_num": int, "config": dict}  # what every checkpoint must hold
@@ -49,21 +50,19 @@ def read_checkpoint(path, mmap=False, resume=True):
     if not os.path.isfile(path):
         sys.exit(f"error: there is no checkpoint {path}{neighbours(path)}")
     earlier = "take an earlier copy, or train from scratch"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
-    except Exception as error:  # torch.load has many ways to say that a file is truncated, corrupt or hostile
-        reason = first_line(error)
-        if "weights only" in str(error).lower() or "weights_only" in str(error):
-            reason = "it holds more than tensors and plain values, and such a file could run code"
-        sys.exit(f"error: {path} is not a whole checkpoint ({reason}): {earlier}")
+    checkpoint = load_saved(path, mmap, "checkpoint", earlier)
     wanted, found = RUN if resume else WEIGHTS, checkpoint if isinstance(checkpoint, dict) else {}
     missing = wanted.keys() - found.keys()
+    if "model_args" in found:
+        sys.exit(
+            f"error: {path} is a checkpoint of nanoGPT's, a GPT-2 network, not a Llama: sample from it with nanoGPT"
+        )
     if missing:
         lacks = f"error: {path} lacks {', '.join(sorted(missing))}"
         if missing.isdisjoint(WEIGHTS):
             sys.exit(f"{lacks}: it cannot be resumed, but --init_from={path} begins a new run with its weights")
+        if state_dict_in(found) is not None:
+            sys.exit(f"{lacks}: it holds the tensors of a network alone: put the config.json of that network beside it")
         sys.exit(f"{lacks}: it is not a checkpoint of train.py")
     check_values(path, checkpoint)
     if not mmap:
@@ -81,6 +80,34 @@ def read_checkpoint(path, mmap=False, resume=True):
             sys.exit(f"error: {path}: its iteration is {number!r}, not a number from 0 on: {earlier}")
     checkpoint["config"] = {RENAMED.get(name, name): value for name, value in checkpoint["config"].items()}
     return checkpoint
+
+
+def load_saved(path, mmap, what, way_out):
+    """
+    What torch.save wrote to `path`, on the CPU. No code in it is run. mmap as in read_checkpoint. Ends the program with
+    one line if the file is not a whole `what`.
+    """
+    try:
+        mmap = mmap and first_bytes(path, 2) == b"PK"  # torch.save's older format cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load has many ways to say that a file is truncated, corrupt or hostile
+        reason = first_line(error)
+        if found := stand_in(path):
+            sys.exit(f"error: {path} is not a whole {what}, but {found}")
+        if "weights only" in str(error).lower() or "weights_only" in str(error):
+            reason = "it holds more than tensors and plain values, and such a file could run code"
+            if is_torch(path) and b"pytorch-lightning_version" in first_bytes(path, 4_096):
+                reason = f"PyTorch Lightning wrote it: {reason}"
+        sys.exit(f"error: {path} is not a whole {what} ({reason}): {way_out}")
+
+
+def state_dict_in(saved):
+    """The {name: tensor} that `saved` is, or that it holds as "state_dict", as Lightning's does; None if neither."""
+    found = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    whole = isinstance(found, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in found.items())
+    return found if whole and found else None
 
 
 def neighbours(path):

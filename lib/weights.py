@@ -1,7 +1,7 @@
 """
 Weights from anywhere: a name or a path goes in, the network with those weights comes out.
 
-    source = find_weights("resume", out_dir="out")     # out/ckpt.pt; or "base", a folder, a .gguf, a .pt, ...
+    source = find_weights("resume", out_dir="out")     # out/ckpt.pt; or "base", a folder, a GGUF, a checkpoint, ...
     print(source.about)                                # what was found, with its hashes
     network = load_network(source)                     # model.SmolLM2, on the CPU, in fp32
 
@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import check_tensors, read_checkpoint
+from lib.checkpoint import check_tensors, load_saved, read_checkpoint, state_dict_in
 from lib.errors import first_line
 from lib.files import read_json
+from lib.formats import is_gguf, is_torch
 from model import ModelConfig, SmolLM2, rope_tables
 
 NAMES = {field.name for field in fields(ModelConfig)}
@@ -40,26 +41,31 @@ class Source:
 
 def find_weights(init_from, out_dir="out"):
     """
-    The Source that `init_from` names: "resume" is out_dir/ckpt.pt; a .pt is a checkpoint; anything else is a
-    release, as lib/official.py finds it. Ends the program with one line if there is none.
+    The Source that `init_from` names: "resume" is out_dir/ckpt.pt; what torch.save wrote, whatever its name, is a
+    checkpoint; anything else is a release, as lib/official.py finds it. If there is none, the program ends with one
+    line.
     """
-    if init_from == "resume" or init_from.endswith(".pt"):
-        path = Path(out_dir) / "ckpt.pt" if init_from == "resume" else Path(init_from)
+    path = Path(out_dir) / "ckpt.pt" if init_from == "resume" else Path(init_from)
+    if init_from == "resume" or is_checkpoint(path):
         checkpoint = read_checkpoint(path, mmap=True, resume=False)
         dataset = checkpoint["config"].get("dataset", "unknown text")
         about = f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}"
+        about += about_prefix(checkpoint["model"], path)
         config = checkpoint_config(path, checkpoint)
 
         def read():
             check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
-            return checkpoint["model"]
+            return without_prefix(checkpoint["model"])
 
         return Source(path, about, config, read, checkpoint["tokenizer"])
     from lib.official import describe, find_release  # the Hub's client, imported only when needed
 
     release = find_release(init_from)
     read = functools.partial(release_tensors, release)
-    return Source(release.path, describe(release), release_config(release), read, {"official": init_from})
+    about, config = describe(release), release_config(release)
+    if not is_gguf(release.path):
+        about += about_prefix(stored_tensors(release), release.path)
+    return Source(release.path, about, config, read, {"official": release.asked})
 
 
 def load_network(source, config=None):
@@ -116,6 +122,15 @@ def expected_shapes(config):
 # Checkpoints
 
 
+def is_checkpoint(path):
+    """Whether a file is for read_checkpoint: what torch.save wrote, but for a state dict beside its config.json."""
+    if not is_torch(path):
+        return path.suffix == ".pt"
+    if not (path.parent / "config.json").exists():
+        return True
+    return state_dict_in(load_saved(path, True, "checkpoint", "take another copy")) is None
+
+
 def checkpoint_config(path, checkpoint):
     """The ModelConfig in a checkpoint; ends the program with one line if its settings describe no network."""
     try:
@@ -136,13 +151,13 @@ def release_source(release):
 
 def release_config(release):
     """The ModelConfig of a Release."""
-    file = release.path if release.path.suffix == ".gguf" else release.path / "config.json"
+    file = release.path if is_gguf(release.path) else release.path / "config.json"
     return config_from_json(read_config(release.path), file)
 
 
 def read_config(path):
-    """config.json of a folder as a dict; for a .gguf file, its header under the same names."""
-    if path.suffix == ".gguf":
+    """config.json of a folder as a dict; for a GGUF file, its header under the same names."""
+    if is_gguf(path):
         from lib.gguf import read_gguf_config
 
         return read_gguf_config(path)
@@ -151,21 +166,74 @@ def read_config(path):
 
 def release_tensors(release):
     """{name: tensor} under the release's names, in the file's dtype (fp32 from a GGUF)."""
-    if release.path.suffix == ".gguf":
+    if is_gguf(release.path):
         from lib.gguf import read_gguf_tensors
 
         return read_gguf_tensors(release.path)
+    return without_prefix(stored_tensors(release))
+
+
+def stored_tensors(release):
+    """{name: tensor} as the files of a folder name them, still on the disk where the file can be mapped."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     tensors = {}
-    for name in release.sha256:
-        if name.endswith(".safetensors"):
-            try:
-                tensors |= load_file(release.path / name)
-            except (SafetensorError, KeyError, AttributeError, OSError) as error:  # the middle two: an unknown dtype
-                sys.exit(f"error: {release.path / name} is not a whole safetensors file: {first_line(error)}")
+    for path in (release.path / name for name in release.sha256 if not name.endswith(".json")):
+        if is_torch(path) or path.suffix == ".bin":
+            saved = state_dict_in(load_saved(path, True, "file of weights", "take another copy"))
+            if saved is None:
+                sys.exit(f"error: {path} holds more than the tensors of a network, or none: take another copy")
+            tensors |= saved
+            continue
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, KeyError, AttributeError, OSError) as error:  # the middle two: an unknown dtype
+            sys.exit(f"error: {path} is not a whole safetensors file: {first_line(error)}")
     return tensors
+
+
+WRAPPERS = {  # what a module around the network puts before every name: how the names then begin
+    "_orig_mod.": ("_orig_mod.",),  # torch.compile
+    "module.": ("module.",),  # DistributedDataParallel
+    "base_model.model.": ("base_model.model.",),  # peft
+    "model.": ("model.model.", "model.lm_head."),  # one that calls the network self.model, as Lightning's often do
+}
+STRANGERS = {  # part of a tensor's name: what has such tensors, and the way out
+    "lora_A": "has a LoRA adapter that is not merged: where it was trained, save model.merge_and_unload()",
+    "qweight": "is quantised by GPTQ or AWQ: take the network as it was before, or a GGUF of it",
+    "absmax": "is quantised by bitsandbytes: take the network as it was before, or a GGUF of it",
+    "scales": "is quantised by MLX: take the network as it was before, or a GGUF of it",
+    "tok_embeddings": "has Meta's names and order of rows: take the copy made for transformers, a model.safetensors",
+    "wte": "is a GPT-2 or has litgpt's names: model.py takes a Llama with the names of transformers",
+}
+
+
+def prefix_of(names):
+    """What modules around the network put before every name: "module._orig_mod.", or "" for nothing."""
+    for added, begins in WRAPPERS.items():
+        if names and all(name.startswith(begins) for name in names):
+            return added + prefix_of([name.removeprefix(added) for name in names])
+    return ""
+
+
+def without_prefix(tensors):
+    """The tensors under the names that they have in model.py."""
+    prefix = prefix_of(tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def about_prefix(tensors, path):
+    """
+    A line about the prefix that is left out of the tensors' names, or "". Ends the program with one line if the names
+    tell of another kind of network.
+    """
+    for name in tensors:
+        for part in name.split("."):
+            if part in STRANGERS:
+                sys.exit(f"error: the network in {path} {STRANGERS[part]} (it holds {name})")
+    prefix = prefix_of(tensors)
+    return f"\n          names of tensors read without their prefix {prefix}" if prefix else ""
 
 
 def head_is_tied(tensors):
@@ -256,6 +324,7 @@ COMPUTED = {  # what model.py does, whatever its settings; but for tie_word_embe
     # Fields of the Llama's relatives, each of which would make it another network.
     "partial_rotary_factor": 1,
     "quantization_config": None,
+    "quantization": None,  # MLX's
     "sliding_window": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -278,6 +347,10 @@ def config_from_json(config, file="config.json"):
         for name, value in COMPUTED.items():
             if settings[name] != value:
                 said = reprlib.repr(settings[name])
+                if name.startswith("quantization"):
+                    how = settings[name].get("quant_method") if isinstance(settings[name], dict) else None
+                    by = "MLX" if name == "quantization" else how or "an unknown method"
+                    way_out = f"it is quantised by {by}: take the network as it was before, or a GGUF of it"
                 sys.exit(f"error: {file} says {name} = {said}, which model.py does not do: {way_out}")
         return ModelConfig(**{name: settings[name] for name in NAMES})
     except KeyError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 from networks import llama, refusal, same_logits, save
 
@@ -212,6 +213,35 @@ def test_any_repository_at_any_revision(hub):
         assert f"{wrong}@v1" in message and "Hub cache (no config.json)" in message and "404" in message
     for wrong in ("hub:name", "hub:", "hub:a b/c", "hub:org/name/more"):
         assert "hub:org/name@revision" in refusal(find_release, wrong)
+
+
+def test_a_repository_without_hub_before_it(hub, base, tmp_path, monkeypatch):
+    """As the model's page names it. Paths come first, mistyped ones too; a release's own name has its pins."""
+    monkeypatch.chdir(tmp_path)
+    save(hub.folder / "org/name", llama(seed=2))
+    for name in ("org/name", "org/name@branch"):
+        release = find_release(name)
+        assert (release.asked, release.source) == (f"hub:{name}", "Hub")
+        same_logits(release, llama(seed=2))
+    release = find_release(REPO)
+    assert (release.asked, release.revision) == ("base", REVISION) and "as pinned" in describe(release)
+    assert "hub:nobody/name (nobody/name@main) could not be found" in refusal(find_release, "nobody/name")
+    hub.requests.clear()
+    (tmp_path / "org").mkdir()
+    for name in ("org/name", "no/model.safetensors", "../name", "a/b/c"):
+        assert f"no release and no path is called {name}" in refusal(find_release, name)
+    assert hub.requests == []
+
+
+def test_pytorch_model_bin_is_read_where_no_hash_is_pinned(hub, base, no_wheel):
+    for folder in (base, save(hub.folder / "org/name")):
+        (folder / "model.safetensors").unlink()
+        torch.save(llama().state_dict(), folder / "pytorch_model.bin")
+    same_logits(find_release("org/name"), llama())
+    hub.requests.clear()
+    for name in ("base", f"hub:{REPO}@{REVISION}"):
+        assert "model.safetensors" in refusal(find_release, name)
+    assert not any("pytorch_model" in path for _, path, _ in hub.requests)  # it would evade the pin
 
 
 def test_shards_with_an_index(hub, tmp_path):

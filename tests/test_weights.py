@@ -1,13 +1,17 @@
 """weights.py: config.json and safetensors as transformers writes them, and what bad files get."""
 
+import ast
 import hashlib
 import json
 import os
 import pickle
 import random
 import re
+import shlex
+import shutil
+import tempfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,9 @@ from networks import llama, load, refusal, same_logits, save, write_dataset, wri
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+import verify
 from lib import tokenizer
+from lib.checkpoint import write_checkpoint
 from lib.dataset import open_data
 from lib.official import SHA256, find_release
 from lib.tokenizer import PRE_TOKENIZER, load_tokenizer
@@ -355,3 +361,314 @@ def test_a_pickle_executes_nothing(name, tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
     pickle.loads(pickle.dumps(Bomb()))  # it would have
     assert (tmp_path / "exploded").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The weights that people have
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """(a network of transformers, the folder in which it saved itself): do not change them."""
+    with tempfile.TemporaryDirectory() as folder:
+        network = llama(seed=4)
+        yield network, save(Path(folder), network)
+
+
+def other_file(folder, name, change=lambda tensors: tensors, keep=False, **how):
+    """The network in a file of another name, format or layout, in place of model.safetensors."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    if not keep:
+        (folder / "model.safetensors").unlink()
+    if name.endswith(".safetensors"):
+        save_file(tensors, folder / name)
+    else:
+        torch.save(tensors, folder / name, **how)
+    return folder / name
+
+
+def with_head(tensors):
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+def prefixed(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def lightning(tensors):
+    versions = {"epoch": 1, "global_step": 9, "pytorch-lightning_version": "2.5.0"}
+    return versions | {"state_dict": prefixed("model.")(with_head(tensors))}
+
+
+def in_shards(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shard = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
+    for file in set(shard.values()):
+        torch.save({name: tensors[name] for name in tensors if shard[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard}))
+    return folder
+
+
+def renamed_gguf(folder, name):
+    path = folder / name
+    write_gguf(path, llama(seed=4))
+    return path
+
+
+def in_the_hubs_cache(folder):
+    outer = folder / "models--org--name"
+    (outer / "snapshots").mkdir(parents=True)
+    snapshot = outer / "snapshots" / ("c0ffee" + 34 * "0")
+    snapshot.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).rename(snapshot / file)
+    return outer
+
+
+READ = {  # how: (what is made of a folder that transformers wrote, returning what is named; words of the about line)
+    "pytorch_model.bin": (
+        lambda folder: other_file(folder, "pytorch_model.bin", with_head).parent,
+        "pytorch_model.bin sha256",
+    ),
+    "before torch 1.6": (
+        lambda folder: other_file(folder, "pytorch_model.bin", _use_new_zipfile_serialization=False).parent,
+        "from folder",
+    ),
+    "shards of it": (in_shards, "pytorch_model-00002-of-00002.bin sha256"),
+    "consolidated": (lambda folder: other_file(folder, "consolidated.safetensors").parent, "consolidated.safetensors"),
+    "a .pth before 1.6": (
+        lambda folder: other_file(folder, "any.pth", _use_new_zipfile_serialization=False),
+        "from file",
+    ),
+    "a .bin, named": (lambda folder: other_file(folder, "any.bin"), "from file"),
+    "a .pt beside a config": (lambda folder: other_file(folder, "any.pt"), "from file"),
+    "a .safetensors, named": (lambda folder: folder / "model.safetensors", "from file"),
+    "one of several": (
+        lambda folder: [other_file(folder, "mine.safetensors", keep=True), save(folder, llama(seed=5))][0],
+        "mine.safetensors sha256",
+    ),
+    "Lightning": (lambda folder: other_file(folder, "last.ckpt", lightning), "without their prefix model."),
+    "GGUF in capitals": (lambda folder: renamed_gguf(folder, "A.GGUF"), "A.GGUF sha256"),
+    "Ollama's": (lambda folder: renamed_gguf(folder, "sha256-" + 64 * "0"), "from file"),
+    "the Hub's cache": (in_the_hubs_cache, "snapshots/c0ffee"),
+    "compiled": (
+        lambda folder: other_file(folder, "model.safetensors", prefixed("_orig_mod."), True).parent,
+        "prefix _orig_mod.",
+    ),
+    "compiled, then parallel": (
+        lambda folder: other_file(folder, "pytorch_model.bin", prefixed("module._orig_mod.")).parent,
+        "prefix module._orig_mod.",
+    ),
+    "merged by peft": (
+        lambda folder: other_file(folder, "model.safetensors", prefixed("base_model.model."), True).parent,
+        "prefix base_model.model.",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_it_is_read_whatever_its_form(how, peer, tmp_path):
+    network, folder = peer
+    shutil.copytree(folder, tmp_path / "copy")
+    make, words = READ[how]
+    source = find_weights(str(make(tmp_path / "copy")))
+    assert words in source.about, source.about
+    idx = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(load_network(source)(idx), network(idx).logits, atol=1e-4, rtol=0)
+    assert "prefix" in words or "prefix" not in source.about
+
+
+def test_a_named_file_has_the_tokenizer_of_its_folder(peer, tmp_path):
+    shutil.copytree(peer[1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in (tmp_path / "model.safetensors", tmp_path):
+        assert tokenizer.tokenizer_json(**find_weights(str(path)).tokenizer)[0] == b"{}"
+    source = find_weights(str(in_the_hubs_cache(tmp_path)))
+    (tmp_path / "tokenizer.json").rename(source.path / "tokenizer.json")
+    assert tokenizer.tokenizer_json(**source.tokenizer)[0] == b"{}"
+
+
+CHECKPOINT = dict(model={}, optimizer={}, scheduler={}, iter_num=7, config={"dataset": "text"}, data={})
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt.bak", "best.ckpt", "weights"])
+def test_a_renamed_checkpoint_is_known_by_its_content(name, peer, tmp_path):
+    config = asdict(find_weights(str(peer[1])).config) | {"dataset": "text"}
+    tensors = prefixed("_orig_mod.")(
+        load_file(peer[1] / "model.safetensors")
+    )  # saved by a fork that compiles the whole
+    write_checkpoint(tmp_path / name, CHECKPOINT | {"model": tensors, "config": config})
+    shutil.copy(peer[1] / "config.json", tmp_path)
+    source = find_weights(str(tmp_path / name))
+    assert "iteration 7, trained on text" in source.about and "prefix _orig_mod." in source.about
+    same = load_network(source).state_dict()
+    assert all(torch.equal(tensor, same[key]) for key, tensor in load(peer[1]).state_dict().items())
+
+
+def adapter(folder, **changes):
+    (folder / "model.safetensors").unlink()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8} | changes
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    return folder
+
+
+def empty(folder, *names):
+    """The folder with these files (or, ending in /, folders) alone."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name in names:
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).write_bytes(b"GGUF")
+    return folder
+
+
+def saved(value, name):
+    def make(folder):
+        (folder / "config.json").unlink()
+        torch.save(value, folder / name)
+        return folder / name
+
+    return make
+
+
+def instead(name, content, named=False):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name if named else folder
+
+    return make
+
+
+def two_revisions(folder):
+    outer = in_the_hubs_cache(folder)
+    (outer / "snapshots/a_newer").mkdir()
+    (outer / "refs").mkdir()
+    (outer / "refs/main").write_text("c0ffee" + 34 * "0")
+    return outer
+
+
+def one_more(name):
+    return lambda folder: (
+        other_file(folder, "model.safetensors", lambda tensors: tensors | {name: torch.zeros(1)}, True).parent
+    )
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:80521b40\nsize 269060552\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n"
+NAMED = {  # how: (what is made of the folder, returning what is named; words of the one line. F is the folder)
+    "LoRA": (
+        adapter,
+        ["F is a LoRA adapter of org/base", "pip install peft", "merge_and_unload()", "--init_from=F-merged"],
+    ),
+    "its file": (lambda folder: adapter(folder) / "adapter_model.safetensors", ["F is a LoRA adapter of org/base"]),
+    "prompt tuning": (lambda folder: adapter(folder, peft_type="PROMPT_TUNING"), ["cannot be merged", "name org/base"]),
+    "MLX's LoRA": (
+        lambda folder: adapter(folder, peft_type=None, model="org/mlx", lora_parameters={}),
+        ["mlx_lm.fuse --model org/mlx"],
+    ),
+    "not merged": (
+        one_more("model.layers.0.self_attn.q_proj.lora_A.default.weight"),
+        ["a LoRA adapter that is not merged"],
+    ),
+    "LFS pointer": (
+        instead("model.safetensors", POINTER),
+        ["model.safetensors is a Git LFS pointer", "git -C F lfs pull"],
+    ),
+    "LFS pointer, named": (instead("a.GGUF", POINTER, True), ["a.GGUF is a Git LFS pointer", "git -C F lfs pull"]),
+    "LFS pointer, .pt": (instead("a.pt", POINTER, True), ["a.pt is not a whole checkpoint", "Git LFS pointer"]),
+    "page": (instead("model.safetensors", PAGE), ["model.safetensors is a web page", "download it again"]),
+    "page for a config": (instead("config.json", PAGE), ["config.json is a web page"]),
+    "page for a GGUF": (instead("a.gguf", PAGE, True), ["a.gguf is a web page"]),
+    "message": (instead("model.safetensors", b"Entry not found"), ['is only the text "Entry not found"']),
+    "text": (instead("a.txt", b"Once upon a time", True), ["a.txt is not a release", "--init_from=F"]),
+    "Trainer": (
+        lambda folder: empty(folder, "checkpoint-500/", "checkpoint-1000/", "checkpoint-x/"),
+        ["F is a Trainer's output folder", "--init_from=F/checkpoint-1000"],
+    ),
+    "a run": (lambda folder: empty(folder, "ckpt.pt"), ["F is the folder of a run", "--init_from=F/ckpt.pt"]),
+    "a GGUF in it": (lambda folder: empty(folder, "a.GGUF"), ["--init_from=F/a.GGUF"]),
+    "weights of another name": (
+        lambda folder: other_file(folder, "mine.safetensors").parent,
+        ["F holds no model.safetensors", "--init_from=F/mine.safetensors"],
+    ),
+    "weights alone": (
+        lambda folder: [folder / "model.safetensors", (folder / "config.json").unlink()][0],
+        ["model.safetensors holds weights alone: put the config.json"],
+    ),
+    "a shard": (
+        lambda folder: other_file(folder, "model-00001-of-00002.safetensors"),
+        ["one of several shards", "--init_from=F"],
+    ),
+    "shards without an index": (
+        lambda folder: other_file(folder, "model-00001-of-00002.safetensors").parent,
+        ["F holds no model.safetensors: put model.safetensors"],
+    ),
+    "two revisions": (two_revisions, ["holds 2 revisions", "--init_from=F/models--org--name/snapshots/c0ffee"]),
+    "ONNX": (lambda folder: empty(folder, "model.onnx"), ["F holds weights for ONNX alone (model.onnx)"]),
+    "ONNX, named": (lambda folder: instead("model.onnx", b"onnx", True)(folder), ["model.onnx is a file for ONNX"]),
+    "nanoGPT": (
+        saved({"model": {}, "iter_num": 3, "config": {}, "model_args": {}}, "ckpt.pt"),
+        ["ckpt.pt is a checkpoint of nanoGPT's"],
+    ),
+    "Lightning": (
+        saved({"pytorch-lightning_version": "2", "state_dict": {"a": torch.ones(1)}}, "a.ckpt"),
+        ["put the config.json of that network"],
+    ),
+    "Lightning, with objects": (
+        saved({"pytorch-lightning_version": "2", "hyper_parameters": Path("a")}, "a.ckpt"),
+        ["PyTorch Lightning wrote it: it holds more"],
+    ),
+    "a state dict": (
+        saved({"a": torch.ones(1)}, "a.pth"),
+        ["a.pth lacks", "put the config.json of that network beside it"],
+    ),
+    "an optimizer": (saved({"state": {}, "param_groups": []}, "optimizer.pt"), ["it is not a checkpoint of train.py"]),
+    "an optimizer for weights": (
+        lambda folder: other_file(folder, "pytorch_model.bin", lambda tensors: {"state": tensors}).parent,
+        ["holds more than the tensors"],
+    ),
+    "GPTQ": (
+        lambda folder: edited(folder, quantization_config={"quant_method": "gptq"}) or folder,
+        ["quantization_config = {'quant_method': 'gptq'}", "quantised by gptq: take the network as it was before"],
+    ),
+    "MLX": (
+        lambda folder: edited(folder, quantization={"bits": 4}) or folder,
+        ["quantization = {'bits': 4}", "by MLX"],
+    ),
+    "GPTQ, by its tensors": (one_more("model.layers.0.mlp.up_proj.qweight"), ["is quantised by GPTQ or AWQ"]),
+    "Meta": (one_more("tok_embeddings.weight"), ["has Meta's names", "model.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_it_is_named_with_the_next_command(how, peer, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(peer[1], folder)
+    make, words = NAMED[how]
+    message = refusal(lambda: load(make(folder))).replace(str(folder), "F")
+    for word in words:
+        assert word in message, (word, message)
+
+
+def test_the_command_that_merges_is_python(peer, tmp_path):
+    """peft itself is no dependency of the tests: here only that a shell and Python read the line as it is meant."""
+    folder = tmp_path / "it's mine"
+    shutil.copytree(peer[1], folder)
+    message = refusal(find_weights, str(adapter(folder)))
+    command = shlex.split(message[message.index("python -c") : message.index(", then --init_from")])
+    calls = [node for node in ast.walk(ast.parse(command[2])) if isinstance(node, ast.Call)]
+    assert {call.func.attr: [arg.value for arg in call.args] for call in calls} == {
+        "from_pretrained": [str(folder)], "merge_and_unload": [], "save_pretrained": [f"{folder}-merged"],
+    }  # fmt: skip
+
+
+def test_transformers_reads_what_it_can_and_our_tensors_where_it_cannot(peer, tmp_path):
+    """verify.py's oracle must be the network that was asked for, in whatever form it is."""
+    for how in ("pytorch_model.bin", "one of several", "compiled", "the Hub's cache"):
+        shutil.copytree(peer[1], tmp_path / how)
+        release = find_release(str(READ[how][0](tmp_path / how)))
+        oracle = verify.transformers_network(release, release_tensors(release))
+        same_logits(release, oracle)
+        assert torch.equal(oracle.model.embed_tokens.weight, peer[0].model.embed_tokens.weight)
