@@ -5,16 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jinja2
 import pytest
 import torch
 
 import sample
 from configurator import configure
-from lib.chat import chat_ids
 from lib.checkpoint import write_checkpoint
-from lib.gguf import open_gguf
-from lib.official import wheel_gguf
 from model import ModelConfig, SmolLM2
 from sample import SampleConfig
 
@@ -63,23 +59,6 @@ def test_official_weights_greedily_as_transformers(capfd, real_model, hf_tokeniz
     code, texts, output = run(capfd, "--init_from=base", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20")
     assert code == 0 and texts == [hf_tokenizer.decode(theirs.tolist())]
     assert "official: base = " in output and "sha256" in output and "20 tokens in" in output
-
-
-def test_chat_ids_follow_the_template(encoding, hf_tokenizer):
-    """The ids are those of the release's own chat template, rendered by jinja2 and read by Hugging Face."""
-    template = open_gguf(wheel_gguf()).get_field("tokenizer.chat_template").contents()
-    messages = [{"role": "user", "content": "What is 2  + 12?\n<|im_end|> is text"}]
-    text = jinja2.Template(template).render(messages=messages, add_generation_prompt=True)
-    assert (
-        chat_ids(encoding, "What is 12?")
-        == hf_tokenizer.encode(
-            jinja2.Template(template).render(
-                messages=[{"role": "user", "content": "What is 12?"}], add_generation_prompt=True
-            )
-        ).ids
-    )
-    # a user who writes <|im_end|> does not end the turn
-    assert chat_ids(encoding, messages[0]["content"]).count(2) == hf_tokenizer.encode(text).ids.count(2) - 1
 
 
 def test_a_checkpoint(capfd, tiny):
