@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import lib.official
 import prepare_data
 from configurator import configure
+from lib.chat import chat_ids
 from lib.dataset import open_data
 from lib.files import sha256_of
 from lib.readers import Document
@@ -540,6 +541,141 @@ def test_disk_full_at_the_last_flush(place, capsys, monkeypatch, nth):
     assert snapshot("data") == before
 
 
+# ---- conversations
+
+
+def say(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def a_conversation(i):
+    """Of 30 to 150 tokens; every fifth has two turns and every eleventh is longer than a row of 201 ids."""
+    turns = [("user", f"What is {i} + {i}?  Say it in é."), ("assistant", f"It is {2 * i}." + " Really." * (i % 7))]
+    turns += [("user", "Sure?"), ("assistant", "é" * (i % 3) + "\nYes 😀")] if i % 5 == 0 else []
+    turns += [("user", "Go on."), ("assistant", "on and on " * 60)] if i % 11 == 0 else []
+    return say(*turns)
+
+
+CHATS = [a_conversation(i) for i in range(80)]
+
+
+def write_chats(chats=CHATS, path="in.jsonl", key="messages"):
+    Path(path).write_text("".join(json.dumps({key: chat}) + "\n" for chat in chats))
+    return path
+
+
+def load_chats(folder, block_size):
+    """(meta, {split: [(ids, mask) of each conversation]}). Checks that the five files and meta.json agree."""
+    assert {path.name for path in Path(folder).iterdir()} == {
+        "meta.json", "train.bin", "val.bin", "train_mask.bin", "val_mask.bin",
+    }  # fmt: skip
+    train, val, meta = open_data(Path(folder).name, 49_152, block_size, Path(folder).parent)
+    found = {}
+    for split, data in (("train", train), ("val", val)):
+        counts, found[split], padding = meta[split], [], 0
+        for ids, mask in zip(data.ids.reshape(-1, block_size + 1), data.mask.reshape(-1, block_size + 1), strict=True):
+            used = np.flatnonzero(ids)[-1] + 1
+            padding += len(ids) - used
+            assert ids[0] == 1 and ids[:used].all() and not mask[used:].any() and mask[0] == 0
+            starts = [at for at in np.flatnonzero(ids == 1) if ids[at + 1] == 9690]  # "system"
+            for at, end in zip(starts, [*starts[1:], used], strict=True):
+                found[split].append((tuple(ids[at:end].tolist()), tuple(mask[at:end].tolist())))
+        assert (counts["documents"], counts["padding"]) == (len(found[split]), padding)
+        assert counts["tokens"] == len(data.ids) and counts["loss_tokens"] == data.mask.sum()
+        assert counts["sha256"] == sha256_of(Path(folder, f"{split}.bin"))
+        assert counts["mask_sha256"] == sha256_of(Path(folder, f"{split}_mask.bin"))
+    return meta, found
+
+
+def expected_chats(chats, encoding, length, val_fraction=0.1):
+    found = {"train": [], "val": []}
+    for chat in chats:
+        ids, mask = chat_ids(encoding, chat)
+        split = "val" if in_val(json.dumps(chat), val_fraction) else "train"
+        found[split].append((tuple(ids[:length]), tuple(mask[:length])))
+    return {split: sorted(pairs) for split, pairs in found.items()}
+
+
+def test_conversations(place, encoding, capsys):
+    chats = CHATS + CHATS[:9]  # some occur twice
+    left_out = [say(("user", "Anyone?")), say(("user", "word " * 300), ("assistant", "too late")), say(("user", ""))]
+    prepare(f"--dataset={write_chats(chats + left_out)}", "--block_size=200", "--val_fraction=0.2")
+    meta, found = load_chats("data/in", 200)
+    expected = expected_chats(chats, encoding, 201, 0.2)
+    assert {split: sorted(pairs) for split, pairs in found.items()} == expected
+    assert meta["block_size"] == 200 and meta["sources"]["documents"] == len(chats) + 2
+    said = capsys.readouterr().out
+    for split in ("train", "val"):
+        c, pairs = meta[split], expected[split]
+        assert c["cut"] == sum(len(ids) == 201 for ids, _ in pairs) >= (split == "train")
+        learnt = [id for ids, mask in pairs for id, one in zip(ids, mask, strict=True) if one and id > 16]
+        assert c["bytes"] == sum(map(len, encoding.decode_tokens_bytes(learnt)))
+        assert c["padding"] / c["tokens"] < 0.2
+        row = [f"{c['documents']:,}", f"{c['tokens']:,}", f"{c['loss_tokens'] / c['tokens']:.1%}"]
+        row += [f"{c['padding'] / c['tokens']:.1%}", f"{c['cut']:,}"]
+        assert [split, *row] in [line.split() for line in said.splitlines()]
+    assert "note: 1 conversations without an assistant's answer were left out\n" in said
+    assert "note: 1 conversations whose first answer comes after the row's end were left out" in said
+    assert "note: 1 empty documents were left out" in said and "--block_size=200" in said
+
+
+def test_loss_on_all(place, encoding):
+    path = write_chats()
+    prepare(f"--dataset={path}", "--block_size=200", "--loss_on=all")
+    train, val, meta = open_data("in", 49_152, 200)
+    for data in (train, val):
+        ids, mask = data.ids.reshape(-1, 201), data.mask.reshape(-1, 201)
+        assert (mask[:, 1:] == (ids[:, 1:] != 0)).all() and not mask[:, 0].any()  # the first id is never a target
+    prepare(f"--dataset={write_chats([say(('user', str(i))) for i in range(30)])}", "--block_size=200", "--loss_on=all")
+    assert sum(meta["documents"] for meta in map(open_data("in", 49_152, 200)[2].get, ("train", "val"))) == 30
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_conversations_do_not_depend_on_the_number_of_workers(place, monkeypatch, workers):
+    path = write_chats([a_conversation(i) for i in range(300)])
+    prepare(f"--dataset={path}", "--name=as_it_is")
+    monkeypatch.setattr(os, "cpu_count", lambda: workers)
+    prepare(f"--dataset={path}", "--name=other")
+    first, second = load_chats("data/as_it_is", 512)[0], load_chats("data/other", 512)[0]
+    assert first | {"name": "other"} == second
+
+
+def test_text_after_conversations_leaves_no_masks(place, oracle):
+    """And conversations after text have theirs."""
+    write_chats(path="chat.jsonl")
+    write_jsonl(STORIES, "text.jsonl")
+    for _ in range(2):
+        prepare("--dataset=chat.jsonl", "--name=in", "--overwrite=True")
+        assert len(load_chats("data/in", 512)[1]["train"]) > 60
+        prepare("--dataset=text.jsonl", "--name=in", "--overwrite=True")
+        assert load("data/in")[1] == expected(STORIES, oracle)
+
+
+@pytest.mark.parametrize("nth", [1, 5])
+def test_disk_full_at_the_last_flush_of_conversations(place, capsys, monkeypatch, nth):
+    prepare(f"--dataset={write_chats(CHATS[:40])}")
+    before, calls, real = snapshot("data"), [], os.fsync
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert failure(capsys, f"--dataset={write_chats()}")[0] == 1 and snapshot("data") == before
+
+
+def test_questions_about_python(place, monkeypatch, capsys):
+    library = Path(os.__file__).parent
+    files = [library / name for name in ("argparse.py", "pydoc_data/topics.py", "random.py")]
+    monkeypatch.setattr(prepare_data, "standard_library", lambda: files)
+    prepare("--dataset=python_chat")
+    meta, found = load_chats("data/python_chat", 512)
+    assert meta["sources"]["identity"] == "python_chat" and meta["sources"]["documents"] > 80
+    assert sum(map(len, found.values())) == meta["sources"]["documents"]
+
+
 # ---- memory
 
 
@@ -588,7 +724,7 @@ def table_file(path, **columns):
 
 ERRORS = {  # name: (function that writes files, flags, exit code, phrases in the error line)
     "typo": (None, ["--dataset=shakespear"], 2, ["shakespear:", "did you mean shakespeare?"]),
-    "unknown": (None, ["--dataset=xyzzy"], 2, ["xyzzy", "python, shakespeare", "org/name"]),
+    "unknown": (None, ["--dataset=xyzzy"], 2, ["xyzzy", "python, python_chat, shakespeare", "org/name"]),
     "empty name": (None, ["--dataset="], 2, ["dataset=: no such dataset"]),
     "missing file": (None, ["--dataset=my/notes.txt"], 2, ["my/notes.txt"]),
     "missing absolute": (None, ["--dataset=/no/such/folder"], 2, ["/no/such/folder"]),
@@ -616,6 +752,24 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "no name": (None, ["--dataset=/*.txt", "--name=a/b"], 2, []),
     "folder is a file": (lambda: write("data/a", ""), ["--name=a"], 1, [str(Path("data/a")), "--data_dir"]),
     "data_dir is a file": (lambda: write("data", ""), [], 1, [str(Path("data/python")), "--data_dir"]),
+    "one conversation": (lambda: write_chats(CHATS[:1] * 3), ["--dataset=in.jsonl"], 1, ["a single conversation"]),
+    "no answers": (lambda: write_chats([say(("user", "x"))] * 3), ["--dataset=in.jsonl"], 1, ["3 conversations with"]),
+    "short rows": (write_chats, ["--dataset=in.jsonl", "--block_size=9"], 1, ["80 convers", "raise --block_size"]),
+    "empty answers": (
+        lambda: write_chats([say(("user", str(i)), ("assistant", "")) for i in range(9)]),
+        ["--dataset=in.jsonl"],
+        1,
+        ["train has no answer"],
+    ),
+    "both kinds": (
+        lambda: write("a.jsonl", '{"text": "x"}\n{"question": "y", "answer": "z"}\n'),
+        ["--dataset=a.jsonl"],
+        1,
+        ["a.jsonl, line 2: is a conversation, but text came before it"],
+    ),
+    "one column": (None, ["--prompt_column=body"], 2, ["--prompt_column and --answer_column"]),
+    "block_size": (None, ["--block_size=0"], 2, ["block_size=0"]),
+    "loss_on": (None, ["--loss_on=user"], 2, ["loss_on=user"]),
     "hub offline": (None, ["--dataset=org/name"], 1, ["org/name: no such path", "HF_HUB_OFFLINE"]),
     "no setting": (None, ["--datset=python"], 2, ["datset", "did you mean dataset?"]),
 }  # fmt: skip

@@ -467,3 +467,79 @@ def test_missing_libraries(hub, monkeypatch):
     assert_one_line(["in.arrow", "pip install datasets"], write_arrow(STORIES, "in.arrow"))
     assert_one_line(["some/stories", "pip install datasets"])
     assert_one_line(["in.parquet", "pip install pyarrow"], path)
+
+
+# ---- conversations
+
+
+CHATS = [
+    [{"role": "user", "content": f"{i}? é\r\n"}, {"role": "assistant", "content": f" {i * i}.\n"}] for i in range(9)
+]
+COLUMNS = {
+    "messages": lambda one, two: {"messages": [one, two]},
+    "conversations": lambda one, two: {
+        "conversations": [{"from": "human", "value": one["content"]}, {"from": "gpt", "value": two["content"]}]
+    },
+    "alpaca": lambda one, two: {"instruction": one["content"], "input": "", "output": two["content"]},
+    "question": lambda one, two: {"question": one["content"], "answer": two["content"]},
+}
+
+
+def chats_of(*paths, **settings):
+    sources = {"empty_documents": 0, "undecodable_bytes": 0}
+    config = PrepareConfig(dataset="some/chats", **settings)
+    found = list(documents([Path(path) for path in paths] or None, config, sources))
+    for one in found:
+        assert one.sha256 == hashlib.sha256(json.dumps(one.messages).encode()).digest()
+    return [one.messages for one in found], sources
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_conversations_of_every_format(columns, monkeypatch):
+    rows = [COLUMNS[columns](*chat) for chat in CHATS]
+    paths = [write("in.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), write("in.json", json.dumps(rows))]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, "in.parquet")
+    with pyarrow.ipc.new_stream("in.arrow", table.schema) as file:
+        file.write_table(table)
+    monkeypatch.setattr(lib.official, "hub_problem", lambda: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: iter(rows))
+    for path in (*paths, "in.parquet", "in.arrow", None):
+        assert chats_of(*[path] if path else []) == (CHATS, {"empty_documents": 0, "undecodable_bytes": 0}), path
+
+
+def test_text_comes_before_a_conversation_and_named_columns_before_both():
+    rows = [{"text": "t", "question": one["content"], "answer": two["content"]} for one, two in CHATS]
+    write("in.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
+    for path in ("in.jsonl", "in.parquet"):
+        assert read(path)[0] == ["t"] * 9
+        assert chats_of(path, text_column="")[0] == CHATS
+        assert chats_of(path, prompt_column="question", answer_column="answer")[0] == CHATS
+    assert_one_line(
+        ["in.jsonl, line 1: no columns q and a, only text, question, answer"],
+        "in.jsonl", prompt_column="q", answer_column="a",
+    )  # fmt: skip
+
+
+def test_rows_that_are_no_conversation_are_counted():
+    bad = [{"messages": [{"role": "user", "content": 7}]}, {"body": "x"}, {"messages": [{"content": "\ud83d"}]}]
+    half = {"messages": [{"role": "user", "content": "\ud83d"}]}
+    write("in.jsonl", "".join(json.dumps(row) + "\n" for row in [{"messages": CHATS[0]}, *bad, half]))
+    found, sources = chats_of("in.jsonl")
+    assert found == [CHATS[0], [{"role": "user", "content": "\ufffd"}]]
+    assert sources["rows_without_column"] == 3 and sources["undecodable_bytes"] == 6
+    assert sources["first_without_column"] == "in.jsonl, line 2: column messages, message 1 holds 7, not text"
+    write("in.jsonl", json.dumps(bad[0]))
+    assert_one_line(["in.jsonl, line 1: column messages, message 1 holds 7, not text", "--prompt_column"], "in.jsonl")
+
+
+def test_one_kind_in_a_folder():
+    chat, text = write("a/chat.jsonl", json.dumps({"messages": CHATS[0]})), write("a/notes.txt", "words")
+    assert_one_line(["chat.jsonl, line 1: is a conversation, but text came before it"], text, chat)
+    with pytest.raises(SystemExit, match="notes.txt: is text, but a conversation came before it"):
+        chats_of(chat, text)
+    program = write("a/locale.json", json.dumps({"messages": {"hello": "bonjour"}, "question": "q", "answer": "a"}))
+    pair = write("a/pair.json", json.dumps({"question": "q", "answer": "a"}))
+    texts, sources = read(text, program, pair)  # a program's own files, as before
+    assert texts == ["words"] and sources["left_out"] == {".json without a text column": 2}
