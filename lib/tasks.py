@@ -56,7 +56,8 @@ def with_context_options(row):
 
 def hellaswag(row):
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return after_one_context(without_brackets(context), map(without_brackets, row["endings"]), int(row["label"]))
+    endings = [without_brackets(ending) for ending in row["endings"]]
+    return after_one_context(without_brackets(context), endings, int(row["label"]))
 
 
 def without_brackets(text):
