@@ -84,7 +84,8 @@ def score(network, rows, batch_size, device, dtype):
     losses = [None] * len(rows)
     # The longest come first: rows of a batch are of nearly one length, and memory runs out at once or not at all.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    with tqdm(total=len(rows), unit="row", dynamic_ncols=True, disable=None) as bar:
+    bar = tqdm(total=len(rows), unit="row", dynamic_ncols=True, disable=None)
+    with bar, autocast(device, dtype):  # around all batches, so that the weights become bf16 once
         for start in range(0, len(rows), batch_size):
             batch = order[start : start + batch_size]
             T = len(rows[batch[0]][0]) - 1
@@ -96,10 +97,9 @@ def score(network, rows, batch_size, device, dtype):
                 y[i, : len(scored)] = ids[1:].where(torch.from_numpy(scored), -1)
             counts = (y >= 0).sum(1).tolist()
             x, y = x.to(device), y.to(device)
-            with autocast(device, dtype):
-                h = network.hidden(x)[y >= 0]  # (N, C): only what is scored needs logits
-                parts = zip(h.split(512), y[y >= 0].split(512), strict=True)
-                nll = torch.cat([F.cross_entropy(network.head(h).float(), y, reduction="none") for h, y in parts])
+            h = network.hidden(x)[y >= 0]  # (N, C): only what is scored needs logits
+            parts = zip(h.split(512), y[y >= 0].split(512), strict=True)
+            nll = torch.cat([F.cross_entropy(network.head(h).float(), y, reduction="none") for h, y in parts])
             for j, row in zip(batch, nll.cpu().split(counts), strict=True):
                 losses[j] = row.numpy()
             bar.update(len(batch))
@@ -159,8 +159,8 @@ class Text(NamedTuple):
     units: str  # what those are called
 
 
-def read_text(config, vocab_size, context, encoding):
-    """The Text that --text or --dataset names. vocab_size, context: the smallest among the weights."""
+def read_text(config, vocab_size, window, encoding):
+    """The Text that --text or --dataset names. vocab_size: the smallest among the weights."""
     sources = Counter()
     if config.text:
         path = Path(config.text)
@@ -183,8 +183,6 @@ def read_text(config, vocab_size, context, encoding):
         T = meta["block_size"]
         if config.window or config.stride:
             sys.exit(f"error: {about} holds conversations in rows of {T}: leave --window and --stride out")
-        if T > context:
-            sys.exit(f"error: {about} holds rows of {T} tokens, longer than the context of {context}: other weights")
         both = zip(ids.reshape(-1, T + 1)[: config.limit], mask.reshape(-1, T + 1) == 1, strict=False)
         rows = [(row, learnt[1:]) for row, learnt in both if learnt[1:].any()]
         if not rows:
@@ -193,10 +191,11 @@ def read_text(config, vocab_size, context, encoding):
         unit = np.repeat(np.arange(len(rows)), [scored.sum() for _, scored in rows])
         return Text(about, rows, np.concatenate([row[1:][scored] for row, scored in rows]), unit, "rows")
 
-    window = config.window or min(context, WINDOW)
     stride = config.stride or (window if config.by_position else (window + 1) // 2)
-    if window > context or stride > window:
-        sys.exit(f"error: window {window} and stride {stride} must not exceed the context, {context}: lower --window")
+    if stride > window:
+        sys.exit(
+            f"error: stride {stride} is longer than the window, {window}: tokens would be left out, lower --stride"
+        )
     ids = ids[: config.limit]
     stream = np.concatenate(([END_OF_TEXT], ids)).astype(np.int32)  # the first token, too, follows an <|endoftext|>
     documents = (stream[:-1] == END_OF_TEXT).cumsum() - 1  # the <|endoftext|> that ends a document belongs to it
@@ -229,16 +228,17 @@ def text_results(text, losses, sizes, by_position):
     loss, error = ratio(nats, tokens)
     results = {
         "nats per token": (loss, error),
-        "perplexity": (math.exp(loss), math.exp(loss) * error),
+        "perplexity": (np.exp(loss), np.exp(loss) * error),
         "bits per byte": ratio(nats / math.log(2), np.bincount(text.unit, sizes)),
     }
     if by_position:
         read = np.concatenate([np.flatnonzero(scored) + 1 for _, scored in text.rows])  # (N,) tokens read before
         octave = np.log2(read).astype(int)
-        for k in np.unique(octave):
+        for k in np.unique(octave).tolist():
             here = octave == k
             nats, tokens = np.bincount(text.unit[here], losses[here]), np.bincount(text.unit[here])
-            results[f"nats after {2**k:,}"] = ratio(nats[tokens > 0], tokens[tokens > 0])
+            span = f"{2**k:,}-{2 ** (k + 1) - 1:,}" if k else "1"
+            results[f"nats after {span}"] = ratio(nats[tokens > 0], tokens[tokens > 0])
     return results
 
 
@@ -273,12 +273,12 @@ def table(columns):
     def cell(result, difference):
         value, error = result
         far = f" ({abs(value) / error:.1f} s.e.)" if difference and error else ""
-        return f"{value:.4f} ± {error:.4f}{far}"
+        return f"{value:.4f} ± {error:.4f}{far}" if error == error else f"{value:.4f}"  # one unit has no error
 
-    lines = [" " * 18 + "".join(f"{name:<22}" for name in columns)] if len(columns) > 1 else []
+    lines = [" " * 24 + "".join(f"{name:<22}" for name in columns)] if len(columns) > 1 else []
     for name in next(iter(columns.values())):
         cells = [cell(results[name], "-" in column) if name in results else "" for column, results in columns.items()]
-        lines.append(f"{name:<18}" + "".join(f"{cell:<22}" for cell in cells))
+        lines.append(f"{name:<24}" + "".join(f"{cell:<22}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -289,9 +289,12 @@ def main(config):
     torch.set_float32_matmul_precision(precision)
     weights = [find_weights(name, config.out_dir) for name in (config.init_from, config.against) if name]
     for letter, source in zip("AB", weights, strict=False):
-        print(f"{letter} = {source.about}" if config.against else source.about)
+        print(f"{letter}  {source.about}" if config.against else source.about)
     context = min(source.config.max_position_embeddings for source in weights)
     vocab_size = min(source.config.vocab_size for source in weights)
+    window = config.window or min(context, WINDOW)
+    if window > context:
+        sys.exit(f"error: window {window} is longer than the context, {context}: lower --window")
     encoding = load_tokenizer(**weights[0].tokenizer)
 
     # What to read
@@ -300,7 +303,6 @@ def main(config):
         items = read_items(hub_task_rows(config.task) if config.task else file_rows(config.items), config.limit)
         if not items:
             sys.exit(f"error: {config.items or config.task} holds no question: name another file or task")
-        window = min(config.window or WINDOW, context)
         rows, cut = choice_rows(items, encoding, window)
         print(f"{config.task or config.items}: {len(items):,} questions, {len(rows):,} choices")
         if cut:
@@ -308,10 +310,12 @@ def main(config):
                 f"note: {cut:,} of them are longer than the window of {window:,} tokens: their beginnings were cut off"
             )
     else:
-        text = read_text(config, vocab_size, context, encoding)
+        text = read_text(config, vocab_size, window, encoding)
         rows = text.rows
         print(text.about)
-    largest = max(int(ids.max()) for ids, _ in rows)
+    longest, largest = max(len(scored) for _, scored in rows), max(int(ids.max()) for ids, _ in rows)
+    if longest > context:
+        sys.exit(f"error: rows of {longest} tokens do not fit the context of {context}: name other weights")
     if largest >= vocab_size:
         sys.exit(f"error: the text has the id {largest:,}, but the weights only {vocab_size:,} ids: name other weights")
 
@@ -320,6 +324,10 @@ def main(config):
         losses = [score(load_network(source).to(device), rows, config.batch_size, device, dtype) for source in weights]
     except KeyboardInterrupt:
         sys.exit(130)
+
+    for source, of_rows in zip(weights, losses, strict=True):
+        if not all(np.isfinite(row).all() for row in of_rows):
+            sys.exit(f"error: {source.path} computes a loss that is no number: its weights diverged, name others")
 
     # The numbers
     if choices:
@@ -343,7 +351,10 @@ def main(config):
     print(f"{table(columns)}\n± standard error over {units}, {dtype} on {device}")
     if config.json:
         with written_whole(config.json, "w") as file:
-            json.dump(dict(settings=asdict(config), over=units, results=columns), file, indent=2)
+            known = {
+                column: {m: [v, e if e == e else None] for m, (v, e) in of.items()} for column, of in columns.items()
+            }
+            json.dump(dict(settings=asdict(config), over=units, results=known), file, indent=2)
 
 
 if __name__ == "__main__":
