@@ -25,7 +25,10 @@ from lib.errors import reject
 # Flags as in nanoGPT: --compile=True rather than --compile, underscores in names.
 TYRO = dict(config=(tyro.conf.FlagConversionOff,), use_underscores=True)
 
-PATHS = {"out_dir", "data_dir", "dataset", "init_from", "official", "weights", "ckpt", "to", "json"}  # ~ is expanded
+PATHS = {  # ~ is expanded
+    "out_dir", "data_dir", "dataset", "init_from", "official", "weights", "ckpt", "to", "json", "text", "items",
+    "against",
+}  # fmt: skip
 OTHER_NAMES = {  # what nanoGPT, or an earlier version of this project, calls a setting
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size", "start": "prompt",
     "always_save_checkpoint": "save_best", "eval_only": "init_from", "official": "init_from", "ckpt": "init_from",

@@ -19,6 +19,7 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     errors       one line in place of a traceback
     folders      a folder or glob -> the files to read, and what is left out
     readers      people's files (text, rows of many formats, Hub datasets) -> documents
+    tasks        rows of multiple choice, a file's or the Hub's -> items
     decoding     a file's bytes -> text: compression, encodings, binaries named
     official     a release's name -> its files on this machine, hashes checked
     weights      any weights -> model.SmolLM2; config.json in and out

@@ -44,7 +44,7 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     """
     Open data/<dataset>/ as (train, val, meta): two Splits, and the dict in meta.json with loss_tokens in every split.
     Ends the program with one line if the files disagree, have less than one block, need a larger vocab_size, or were
-    prepared for another block_size.
+    prepared for another block_size. block_size=None: the one they were prepared for, or any length.
     """
     folder = Path(data_dir) / dataset
     built_in = dataset in ("python", "shakespeare")
@@ -54,6 +54,7 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     if isinstance(what, str) and not built_in:
         way_out = f"prepare it again with --name={dataset}, from {what.splitlines()[0] if what else 'its text'}"
     check_meta(meta, folder / "meta.json", vocab_size, way_out)
+    block_size = meta.get("block_size", 1) if block_size is None else block_size
     rows = meta.get("block_size", block_size)
     if rows != block_size:
         sys.exit(

@@ -1,0 +1,437 @@
+"""evaluate.py: log-likelihoods and losses as transformers has them, each token scored once, standard errors, errors."""
+
+import json
+import math
+import re
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import llama, load, save, write_dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import evaluate
+from configurator import configure
+from evaluate import EvaluateConfig, choice_rows, ratio, score, windows
+from lib.checkpoint import write_checkpoint
+from lib.tasks import TASKS, file_rows, hub_task_rows, read_items
+from model import ModelConfig, SmolLM2
+
+TEXT = "The naïve cat sat on the mat.\n\n" * 16 + "It was 12 o'clock — “late”, said the cat.\n"
+
+
+def run(capfd, *flags):
+    """(exit code or message, what it printed, what it wrote to --json)."""
+    code = 0
+    try:
+        evaluate.main(configure(EvaluateConfig, ["--device=cpu", "--dtype=float32", *map(str, flags)]))
+    except SystemExit as exit:
+        code = exit.code
+    output = capfd.readouterr()
+    return code, output.out, output.err
+
+
+def numbers(capfd, tmp_path, *flags):
+    """The results by column, as --json has them."""
+    code, output, _ = run(capfd, f"--json={tmp_path / 'numbers.json'}", *flags)
+    assert code == 0, code
+    return json.loads((tmp_path / "numbers.json").read_text())["results"], output
+
+
+def write_tiny(folder, seed=0):
+    """A small loud network with SmolLM2's vocabulary, as train.py would save it."""
+    folder.mkdir()
+    torch.manual_seed(seed)
+    config = ModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+                         initializer_range=0.2)  # fmt: skip
+    network = SmolLM2(config)
+    state = dict(model=network.state_dict(), config=vars(config), iter_num=7)
+    write_checkpoint(folder / "ckpt.pt", state | dict(optimizer={}, scheduler={}, data={}))
+    return network
+
+
+@pytest.fixture(autouse=True)
+def one_tokenizer(monkeypatch, encoding):
+    """Read once for all tests."""
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda **_: encoding)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "a"
+    return folder, write_tiny(folder)
+
+
+@pytest.fixture(scope="module")
+def peer(real_model):
+    """The real weights in transformers."""
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8_192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = LlamaForCausalLM(config)
+    network.load_state_dict(real_model.state_dict() | {"lm_head.weight": real_model.model.embed_tokens.weight},
+                            assign=True)  # fmt: skip
+    network.model.rotary_emb = type(network.model.rotary_emb)(config)
+    return network.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# Multiple choice
+
+QUESTIONS = [  # (question, choices, index of the right one)
+    ("Which of these is a liquid at room temperature?", ["iron", "water", "oxygen", "salt"], 1),
+    ("What do bees make?", ["honey", "a great deal of silk", "milk", "paper money"], 0),
+    ("The sun is a", ["planet", "moon", "comet that comes back every 76 years", "star"], 3),
+    ("Wie heißt die Hauptstadt Österreichs?", ["Wien", "Zürich", "München", "Łódź"], 0),
+    ("How many legs has a spider?  ", ["6", "8", "100", "0"], 1),
+    ("To dry wet shoes,\n", ["put them in water.", "stuff them with newspaper.", "eat them.", "wait 3 s."], 1),
+]
+SENTENCES = [  # (beginning, two ways to fill the gap, end, index of the right one)
+    ("The cup did not fit in the box because the ", "box", "cup", "was too large.", 1),
+    ("Ann thanked Mary because ", "Ann", "Mary", "had helped.", 1),
+    ("The dog chased the cat until the ", "dog", "cat", "climbed a tree.", 1),
+    ("Tom asked Bill for money because ", "Tom", "Bill", "was rich.", 1),
+    ("The rope broke, not the chain, for the ", "rope", "chain", "was the weaker one.", 0),
+    ("Jane sold Eve her car, so ", "Jane", "Eve", "'s garage is empty.", 0),
+]
+ENDINGS = ["pours it into a pan.", "[step] flies away  on a broom.", "sings, [noise] and leaves.", "is a spoon."]
+SCENES = [  # (raw ctx_a, raw ctx_b, the question that they make)
+    ("A man breaks an egg.", "he", "Baking: A man breaks an egg. He"),
+    ("A woman stirs.", "then SHE", "Baking: A woman stirs. Then she"),
+    ("How to bake [title] Heat the oven. [step] Wait.", "", "Baking: How to bake. Heat the oven. Wait."),
+    ("[header] Flour is sifted.", "the", "Baking: Flour is sifted. The"),
+    ("Sugar  is weighed [substeps] twice.", "it", "Baking: Sugar is weighed twice. It"),
+    ("The dough rests [title] Rest it.", "we", "Baking: The dough rests. Rest it. We"),
+]
+CLEAN = ["pours it into a pan.", " flies away on a broom.", "sings, and leaves.", "is a spoon."]
+NO = [("What comes first?", ["a", "b"], 0), ("", ["The capital", "Zqx vrt"], 0)]  # and an empty question
+
+
+def layouts():
+    """{layout: (raw rows, the (context, continuation) pairs of each that are to be scored, the right choices)}."""
+    both = QUESTIONS + NO
+    pairs = [[(q, " " + c) for c in choices] for q, choices, _ in QUESTIONS]
+    prompted = [[(f"Question: {q}\nAnswer:", " " + c) for c in choices] for q, choices, _ in QUESTIONS]
+    filled = [[(start + a, " " + end), (start + b, " " + end)] for start, a, b, end, _ in SENTENCES]
+    gold, gap = [gold for *_, gold in QUESTIONS], [gold for *_, gold in SENTENCES]
+    marks = [{"text": choices, "label": list("ABCD")} for _, choices, _ in QUESTIONS]
+    return {
+        "query": (
+            [dict(query=q, choices=c, gold=g) for q, c, g in both],
+            [[(q, " " + choice) for choice in choices] for q, choices, _ in both], gold + [0, 0],
+        ),
+        "context_options": (
+            [dict(context_options=[s + a, s + b], continuation=end, gold=g) for s, a, b, end, g in SENTENCES],
+            filled, gap,
+        ),
+        "winogrande": (
+            [dict(sentence=f"{s}_ {e}", option1=a, option2=b, answer=str(g + 1)) for s, a, b, e, g in SENTENCES],
+            filled, gap,
+        ),
+        "hellaswag": (
+            [dict(activity_label="Baking", ctx_a=a, ctx_b=b, endings=ENDINGS, label="0") for a, b, _ in SCENES],
+            [[(query, " " + end) for end in CLEAN] for *_, query in SCENES], [0] * 6,
+        ),
+        "arc": (
+            [dict(question=q, choices=m, answerKey="ABCD"[g])
+             for (q, _, g), m in zip(QUESTIONS, marks, strict=True)], prompted, gold,
+        ),
+        "openbook_qa": (
+            [dict(question_stem=q, choices=m, answerKey="ABCD"[g] + " ")
+             for (q, _, g), m in zip(QUESTIONS, marks, strict=True)], pairs, gold,
+        ),
+        "piqa": (
+            [dict(goal=q, sol1=c[0], sol2=c[1], label=g % 2) for q, c, g in QUESTIONS],
+            [two[:2] for two in prompted], [g % 2 for g in gold],
+        ),
+    }  # fmt: skip
+
+
+def flat(pairs):
+    return [pair for item in pairs for pair in item]
+
+
+def test_items_of_each_layout(tmp_path):
+    """From .jsonl, .json and .parquet: the texts and the right answers."""
+    for name, (rows, pairs, gold) in layouts().items():
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        for kind in ("jsonl", "json", "parquet"):
+            items = read_items(file_rows(tmp_path / f"a.{kind}"))
+            found = [list(zip(i.contexts, (" " + c for c in i.continuations), strict=True)) for i in items]
+            assert found == pairs, name
+            assert [item.gold for item in items] == gold, name
+
+
+SCORED = ("query", "winogrande", "hellaswag")  # the other layouts make the same texts
+
+
+def scored_items():
+    return [item for name in SCORED for item in read_items(enumerate(layouts()[name][0]))]
+
+
+def scored_pairs():
+    return flat(flat(layouts()[name][1] for name in SCORED))
+
+
+@torch.no_grad()
+def test_log_likelihoods_as_transformers(real_model, peer, encoding, hf_tokenizer):
+    """Of each choice, alone in its batch, by the harness's rule: what follows the ids of the context is scored."""
+    rows, cut = choice_rows(scored_items(), encoding, 2_048)
+    ours = [-losses.sum() for losses in score(real_model, rows, 8, "cpu", "float32")]
+    theirs = []
+    for context, continuation in scored_pairs():
+        ids = hf_tokenizer.encode(context + continuation).ids
+        before = len(hf_tokenizer.encode(context.rstrip()).ids)
+        if not context:
+            ids, before = [0, *ids], 1
+        log_probs = peer(torch.tensor([ids])).logits[0].log_softmax(-1)
+        theirs.append(sum(log_probs[i - 1, ids[i]].item() for i in range(before, len(ids))))
+    assert cut == 0 and len(ours) == len(theirs) > 50
+    np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_log_likelihoods_as_lm_evaluation_harness(real_model, peer, encoding, hf_tokenizer):
+    """The harness itself, where it is installed: pip install --no-deps lm_eval==0.4.13 accelerate==1.15.0."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=hf_tokenizer, bos_token=end, eos_token=end, pad_token=end)
+    harness = HFLM(pretrained=peer, tokenizer=tokenizer, device="cpu", batch_size=8)
+    pairs = scored_pairs()
+    theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    rows, _ = choice_rows(scored_items(), encoding, 2_048)
+    ours = [-losses.sum() for losses in score(real_model, rows, 8, "cpu", "float32")]
+    np.testing.assert_allclose(ours, [value for value, _ in theirs], atol=1e-3, rtol=0)
+
+
+def test_accuracies(capfd, tmp_path, tiny, encoding):
+    """The three measures and their standard errors, from the log-likelihoods; a window cuts contexts from the left."""
+    folder, network = tiny
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in layouts()["query"][0][:6]))
+    found, output = numbers(capfd, tmp_path, f"--items={path}", f"--out_dir={folder}", "--window=9")
+    assert re.search(r"note: \d+ of them are longer than the window of 9 tokens", output)
+    right = {"acc": [], "acc_norm": [], "acc_bytes": []}
+    for question, choices, gold in QUESTIONS:
+        values = []
+        for choice in choices:
+            ids = encoding.encode_ordinary(f"{question} {choice}")
+            count = len(ids) - len(encoding.encode_ordinary(question.rstrip()))
+            ids = torch.tensor([ids[-10:]])
+            losses = F.cross_entropy(network(ids[:, :-1])[0], ids[0, 1:], reduction="none")
+            values.append(-losses[-count:].sum().item())
+        for name, length in (("acc", lambda c: 1), ("acc_norm", len), ("acc_bytes", lambda c: len(c.encode()))):
+            best = max(range(4), key=lambda i: values[i] / length(choices[i]))  # noqa: B023
+            right[name].append(best == gold)
+    for name, values in right.items():
+        assert found["A"][name] == pytest.approx([np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5])
+
+
+def test_tasks_from_the_hub(capfd, tmp_path, tiny, monkeypatch):
+    asked = []
+    rows = {"allenai/ai2_arc": "arc", "Rowan/hellaswag": "hellaswag", "allenai/openbookqa": "openbook_qa",
+            "baber/piqa": "piqa", "allenai/winogrande": "winogrande"}  # fmt: skip
+
+    def load_dataset(*args, **kwargs):
+        asked.append((*args, kwargs["split"]))
+        return datasets.Dataset.from_list(layouts()[rows[args[0]]][0])
+
+    code, _, _ = run(capfd, "--task=piqa", f"--out_dir={tiny[0]}")  # no test reaches the Hub
+    assert re.fullmatch(r"error: piqa \(baber/piqa\): HF_HUB_OFFLINE is set .*--items=FILE, a local copy .*", code)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for task in TASKS:
+        assert len(read_items(hub_task_rows(task), limit=4)) == 4
+    assert asked == list(TASKS.values())
+    found, output = numbers(capfd, tmp_path, "--task=winogrande", f"--out_dir={tiny[0]}")
+    assert "winogrande: 6 questions, 12 choices" in output
+    assert found["A"]["acc"] == found["A"]["acc_norm"] == found["A"]["acc_bytes"]  # one and the same text is scored
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window, stride", [(16, 4), (10, 3), (13, 13), (7, 1), (64, 20)])
+def test_each_token_is_scored_once_as_transformers(tmp_path, window, stride):
+    network = llama()
+    stream = np.random.default_rng(0).integers(96, size=60)
+    rows = windows(stream, window, stride)
+    losses = np.concatenate(score(load(save(tmp_path / "a", network)), rows, 4, "cpu", "float32"))
+    assert len(losses) == 59
+    first = 0
+    for ids, scored in rows:  # the network may see what the window holds, and nothing else
+        new = int(scored.sum())
+        end = 1 + first + new
+        start = max(0, end - 1 - window)
+        assert scored[-new:].all() and (ids == stream[start:end]).all()
+        least = len(scored) - new + 1  # tokens before the first that is scored
+        assert first == 0 or least >= min(window - stride + 1, first + 1)
+        expected = F.cross_entropy(network(torch.tensor(stream[None, start : end - 1])).logits[0],
+                                   torch.tensor(stream[start + 1 : end]), reduction="none")  # fmt: skip
+        np.testing.assert_allclose(losses[first : first + new], expected[-new:], atol=1e-4)
+        first += new
+    assert first == 59
+
+
+@torch.no_grad()
+def test_a_text(capfd, tmp_path, tiny, encoding):
+    """Shorter than the window: the plain loss with the whole context. Its bits and bytes are its own."""
+    folder, network = tiny
+    text = TEXT[:200]
+    (tmp_path / "notes.txt").write_text(text, newline="")
+    ids = encoding.encode_ordinary(text)
+    loss = network(torch.tensor([[0, *ids[:-1]]]), torch.tensor([ids])).item()
+    found, output = numbers(capfd, tmp_path, f"--text={tmp_path / 'notes.txt'}", f"--out_dir={folder}", "--stride=100")
+    assert found["A"]["nats per token"][0] == pytest.approx(loss, abs=1e-5)
+    assert found["A"]["perplexity"][0] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found["A"]["bits per byte"][0] == pytest.approx(loss * len(ids) / math.log(2) / len(text.encode()), rel=1e-5)
+    assert f"{len(ids)} tokens, {len(text.encode())} bytes, in 1 blocks" in output
+    assert found["A"]["nats per token"][1] is None and output.count("±") == 1
+
+
+def test_a_dataset_and_a_paired_difference(capfd, tmp_path, tiny, encoding):
+    """Over documents; --against the same weights is 0 ± 0; the pairing makes the error of a difference smaller."""
+    folder, network = tiny
+    write_tiny(tmp_path / "b", seed=1)
+    texts = [TEXT[: 10 + 5 * i] for i in range(25)]
+    ids = [i for text in texts for i in [*encoding.encode_ordinary(text), 0]]
+    write_dataset(tmp_path / "notes", val=ids, vocab_size=49_152)
+    flags = ["--dataset=notes", f"--data_dir={tmp_path}", f"--out_dir={folder}", "--window=64"]
+    same, output = numbers(capfd, tmp_path, *flags, "--against=resume")
+    assert set(map(tuple, same["A - B"].values())) == {(0.0, 0.0)} and same["A"] == same["B"]
+    assert "25 documents; window 64 tokens, stride 32" in output
+    size = sum(len(text.encode()) for text in texts)
+    assert f"{len(ids):,} tokens, {size:,} bytes, in 25 documents" in output
+    other, output = numbers(capfd, tmp_path, *flags, f"--against={tmp_path / 'b' / 'ckpt.pt'}")
+    a, b, difference = (other[column]["nats per token"] for column in ("A", "B", "A - B"))
+    assert other["A"] == same["A"] and difference[0] == pytest.approx(a[0] - b[0]) and "s.e.)" in output
+
+    # The error of a mean per token over documents of many lengths, by leaving out one document at a time.
+    losses = np.concatenate(score(network, windows(np.array([0, *ids]), 64, 32), 8, "cpu", "float32"))
+    unit = np.repeat(np.arange(25), [len(encoding.encode_ordinary(text)) + 1 for text in texts])
+    without = np.array([losses[unit != i].mean() for i in range(25)])
+    jackknife = math.sqrt(24 / 25 * ((without - without.mean()) ** 2).sum())
+    assert a == pytest.approx([losses.mean(), jackknife], rel=0.1)
+
+    by_position, _ = numbers(capfd, tmp_path, *flags, "--limit=256", "--by_position")  # the stride is the window here
+    bins = {name: value for name, value in by_position["A"].items() if "after" in name}
+    assert list(bins) == [f"nats after {span}" for span in ("1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127")]
+    rows = torch.tensor([0, *ids[:256]])
+    with torch.no_grad():
+        losses = F.cross_entropy(network(rows[:-1].view(4, 64)).mT, rows[1:].view(4, 64), reduction="none")
+    assert bins["nats after 4-7"][0] == pytest.approx(losses[:, 3:7].mean().item(), abs=1e-4)
+
+
+@torch.no_grad()
+def test_conversations_are_scored_where_they_are_learnt(capfd, tmp_path, tiny, encoding):
+    folder, network = tiny
+    ids = np.array(encoding.encode_ordinary(TEXT)[:170]).reshape(10, 17)
+    ids[:, -1] = 2  # <|im_end|>, which is learnt and is no text
+    mask = np.random.default_rng(0).integers(2, size=(10, 17))
+    mask[:, -1], mask[3] = 1, 0  # a row with nothing to learn
+    write_dataset(tmp_path / "chat", train=ids.ravel().tolist(), val=ids.ravel().tolist(),
+                  mask=mask.ravel().tolist(), vocab_size=49_152, block_size=16)  # fmt: skip
+    flags = ["--dataset=chat", f"--data_dir={tmp_path}", f"--out_dir={folder}"]
+    found, output = numbers(capfd, tmp_path, *flags)
+    x, y = torch.tensor(ids[:, :-1]), torch.tensor(np.where(mask, ids, -1)[:, 1:])
+    loss = F.cross_entropy(network(x).flatten(0, 1), y.flatten(), ignore_index=-1).item()
+    learnt = y[y >= 0].tolist()
+    size = sum(len(encoding.decode_single_token_bytes(i)) for i in learnt if i != 2)
+    assert found["A"]["nats per token"][0] == pytest.approx(loss, abs=1e-5)
+    assert found["A"]["bits per byte"][0] == pytest.approx(loss * len(learnt) / math.log(2) / size, rel=1e-5)
+    assert f"{len(learnt)} tokens, {size} bytes, in 9 rows" in output
+    code, _, _ = run(capfd, *flags, "--window=8")
+    assert "holds conversations in rows of 16: leave --window and --stride out" in code
+
+
+def test_a_mean_and_its_error():
+    values = np.random.default_rng(0).normal(size=40)
+    assert ratio(values, np.ones(40)) == pytest.approx((values.mean(), values.std(ddof=1) / 40**0.5))
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+GOOD = '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "holds no question"),
+        (GOOD + '{"text": "a"}', r"line 2: \['text'\] is no layout of multiple choice: give rows of query"),
+        ("[1]", r"line 1: \[1\] is no layout"),
+        ("{", "line 1: not JSON"),
+        (GOOD.replace('"gold": 0', '"gold": 2'), "line 1: not an item .the right answer is 2, which is none of its 2"),
+        (GOOD.replace('"gold": 0', '"gold": "b"'), "the right answer is 'b'"),
+        (GOOD.replace('"b"', '""'), "a choice is empty"),
+        (GOOD.replace('"b", "c"', '"b"'), "fewer than two"),
+        (GOOD.replace('["b", "c"]', "7"), "not an item"),
+        (GOOD.replace('"b"', "null"), "a choice is not text"),
+        ('{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "not an item"),
+        ('{"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": ""}', "not an item"),
+        (GOOD.replace('"b"', '"' + "word " * 200 + '"'), r"has \d+ tokens, which a window of 128 cannot score"),
+    ],
+)
+def test_bad_items(capfd, tmp_path, tiny, content, message):
+    (tmp_path / "items.jsonl").write_text(content)
+    code, _, _ = run(capfd, f"--items={tmp_path / 'items.jsonl'}", f"--out_dir={tiny[0]}")
+    assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset=nothing"], "nothing/meta.json does not exist: run python prepare_data.py"),
+        (["--text=nothing.txt"], "nothing.txt is not a file"),
+        (["--text=rows.jsonl"], "rows.jsonl holds rows: python prepare_data.py --dataset=rows.jsonl"),
+        (["--text=empty.txt"], "empty.txt holds no text"),
+        (["--text=binary.txt"], "binary.txt: a binary file, not text"),
+        (["--text=notes.txt", "--window=129"], "window 129 is longer than the context, 128: lower"),
+        (["--text=notes.txt", "--stride=129"], "stride 129 is longer than the window, 128"),
+        (["--items=nothing.jsonl"], "nothing.jsonl is not a file"),
+        (["--items=notes.txt"], "notes.txt: its name does not end in .jsonl"),
+        (["--text=notes.txt", "--against=bsae"], "did you mean base"),
+        (["--text=notes.txt", "--against=small"], "the text has the id .*, but the weights only 96 ids"),
+        (["--text=notes.txt", "--device=cuda:9"], "device cuda:9 cannot be used"),
+    ],
+)
+def test_errors(capfd, tmp_path, tiny, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("notes.txt", TEXT), ("rows.jsonl", "{}"), ("empty.txt", ""), ("binary.txt", "\0\1" * 99)):
+        (tmp_path / name).write_text(content)
+    if "--against=small" in flags:
+        save(tmp_path / "small")
+        (tmp_path / "small" / "tokenizer.json").unlink(missing_ok=True)
+    code, _, _ = run(capfd, f"--out_dir={tiny[0]}", *flags)
+    assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--text=a", "--items=b"], "--text and --items are both given"),
+        (["--task=arc"], "task=arc does not fit"),
+        (["--limit=0"], "limit is 0: it must be 1 or more"),
+        (["--batch_size=-1"], "batch_size is -1"),
+        (["--window=8", "--stride=9"], "stride 9 is longer than window 8"),
+        (["--task=piqa", "--by_position"], "stride and by_position are for text"),
+    ],
+)
+def test_wrong_commands(capfd, flags, message):
+    code, _, error = run(capfd, *flags)
+    assert code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
