@@ -1,0 +1,29 @@
+# Fine-tuning: the released base weights read more of your own text. Here, the source and manual of Python.
+#
+#   python prepare_data.py --dataset=my/notes.txt
+#   python train.py config/finetune.py --dataset=notes
+#
+# 4 sequences x 256 tokens = 1,024 tokens an iteration; 100 iterations = 102,400 tokens, a thirtieth of the default text.
+# The weights are good already, so the learning rate is a hundredth of the 3e-3 that they were trained with: 1,024
+# tokens an iteration, where that run had a million, give a gradient some thirty times as noisy (the square root).
+
+out_dir = "out/finetune"
+init_from = "base"
+dataset = "python"
+
+batch_size = 4
+block_size = 256
+max_iters = 100
+learning_rate = 3e-5
+min_lr = 0.0
+warmup_iters = 10
+lr_decay_iters = 100
+weight_decay = 0.01
+
+eval_interval = 50
+eval_iters = 20
+log_interval = 5
+sample_interval = 50
+sample_prompt = "def "
+
+compile = True
