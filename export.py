@@ -88,8 +88,7 @@ def check_tensors_are_llamas(model):
 @torch.no_grad()
 def check_logits_are_llamas(path):
     """
-    End the program with one line if transformers reads other logits from the folder or .gguf than we do. Returns what
-    to print.
+    End the program with one line if transformers computes other logits from the folder or .gguf. Returns what to print.
     """
     try:
         import transformers
@@ -97,10 +96,13 @@ def check_logits_are_llamas(path):
         return "not compared with transformers, which is not installed: pip install transformers"
     transformers.logging.disable_progress_bar()
     model = load_network(find_weights(str(path)))
-    where = dict(gguf_file=path.name) if path.is_file() else {}
-    folder = path.parent if path.is_file() else path
-    how = dict(dtype=torch.float32, attn_implementation="eager")
-    peer = transformers.LlamaForCausalLM.from_pretrained(folder, **where, **how)
+    if path.is_dir():
+        how = dict(dtype=torch.float32, attn_implementation="eager")
+        peer = transformers.LlamaForCausalLM.from_pretrained(path, **how)
+    else:  # transformers reads a GGUF only with accelerate; it gets the weights that we read from the file
+        settings = transformers.LlamaConfig(**config_to_json(model.config), attn_implementation="eager")
+        peer = transformers.LlamaForCausalLM(settings).eval()
+        peer.model.load_state_dict({name.removeprefix("model."): t for name, t in model.state_dict().items()})
     T = min(64, model.config.max_position_embeddings)
     idx = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     ours, theirs = model(idx), peer(idx).logits

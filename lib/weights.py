@@ -163,8 +163,9 @@ def release_specials(release):
             template = file.read_text(encoding="utf-8", errors="replace")
     if not isinstance(template, str):
         sys.exit(f"error: the chat_template of {release.path} is {reprlib.repr(template)}: it must be one Jinja text")
+    found = {name: i for name, i in found.items() if i is not None}
     ids, _ = CHAT if template else PLAIN
-    return ids | {name: i for name, i in found.items() if i is not None}, template
+    return found if "eos_token_id" in found else ids | found, template
 
 
 def release_config(release):
