@@ -49,10 +49,6 @@ class ExportConfig:
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 
 
-# ---------------------------------------------------------------------------------------------
-# Is it a Llama?
-
-
 def llama_shapes(config):
     """{name: shape} of LlamaForCausalLM with a tied head, written out here so that a changed model.py is noticed."""
     C, D = config.hidden_size, config.head_dim
@@ -115,10 +111,6 @@ def check_logits_are_llamas(path):
     return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
 
 
-# ---------------------------------------------------------------------------------------------
-# What is written
-
-
 def token_names(source, tokenizer):
     """{"bos_token": "<|im_start|>", ...} for a source's special_ids. Ends the program with one line if one is none."""
     tokens = {i: token for token, i in tokenizer["model"]["vocab"].items()}
@@ -126,12 +118,13 @@ def token_names(source, tokenizer):
     if max(tokens) >= source.config.vocab_size:
         rows = f"{source.path} has a vocabulary of {source.config.vocab_size:,}"
         sys.exit(f"error: {rows}, but its tokenizer has {max(tokens) + 1:,} tokens: it needs a smaller one")
-    for name, ids in source.special_ids.items():
-        for i in ids if isinstance(ids, list) and ids else [ids]:
-            if type(i) is not int or i not in tokens:
-                sys.exit(f"error: {source.path} says {name} = {i!r}, which is no token: write a token's id there")
-    first = {name: ids[0] if isinstance(ids, list) else ids for name, ids in source.special_ids.items()}
-    return {name.removesuffix("_id"): tokens[i] for name, i in first.items()} | {"unk_token": tokens[END_OF_TEXT]}
+    names = {"unk_token": tokens[END_OF_TEXT]}
+    for name, i in source.special_ids.items():
+        ends = i if name == "eos_token_id" and isinstance(i, list) and i else [i]  # several may end a text
+        if any(type(end) is not int or end not in tokens for end in ends):
+            sys.exit(f"error: {source.path} says {name} = {i!r}, which is no token: write a token's id there")
+        names[name.removesuffix("_id")] = tokens[ends[0]]
+    return names
 
 
 def facts(source, run, config):
@@ -169,19 +162,17 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))
 ```
 """
     if run:
-        settings = "\n".join(f"{name} = {value!r}" for name, value in run["config"].items() if name not in PLACES)
+        here = ("out_dir", "data_dir", "overwrite")  # they say nothing about the weights
+        settings = "\n".join(f"{name} = {value!r}" for name, value in run["config"].items() if name not in here)
         text += f"\nnanoSmolLM's train.py trained it with these settings:\n\n```python\n{settings}\n```\n"
     return text
-
-
-PLACES = ("out_dir", "data_dir", "overwrite")  # settings that say nothing about the weights
 
 
 def write_folder(folder, source, model, dtype, content, names, card):
     """The Hugging Face folder. content: of tokenizer.json; names: of the special tokens; card: README.md."""
     settings = config_to_json(source.config, mlp_bias=False, torch_dtype=dtype, **source.special_ids)
-    tokenizer = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False) | names
-    tokenizer |= dict(model_max_length=source.config.max_position_embeddings)
+    tokenizer = names | dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    tokenizer["model_max_length"] = source.config.max_position_embeddings
     if source.chat_template:  # here, where every version of transformers, and llama.cpp's converter, look for it
         tokenizer["chat_template"] = source.chat_template
     model.to(getattr(torch, dtype))
@@ -192,6 +183,8 @@ def write_folder(folder, source, model, dtype, content, names, card):
     (folder / "README.md").write_text(card, encoding="utf-8")
     for name, fields in (("", settings), ("generation_", source.special_ids), ("tokenizer_", tokenizer)):
         (folder / f"{name}config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    # safetensors lets nobody but the owner read its file
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 @one_line_errors("close other programs, or use a larger machine")
@@ -199,9 +192,7 @@ def main(config):
     gguf = config.format == "gguf"
     path = Path(config.to or Path(config.out_dir) / ("export.gguf" if gguf else "export"))
     if gguf != (path.suffix == ".gguf"):
-        reject(
-            f"--to={path} with --format={config.format}: the name of a GGUF file ends in .gguf, that of a folder not"
-        )
+        reject(f"--to={path} with --format={config.format}: a GGUF file's name ends in .gguf, a folder's does not")
     if config.dtype == "q8_0" and not gguf:
         reject("--dtype=q8_0 is a type of GGUF files: add --format=gguf, or take --dtype=bfloat16")
     if path.exists():
@@ -230,10 +221,8 @@ def main(config):
             from lib.gguf import write_gguf
 
             about = ", ".join(f"{what}: {value}" for what, value in rows.items())
-            kind, chat = GGUF_TYPES[config.dtype], source.chat_template
-            write_gguf(
-                written, source.config, model.state_dict(), kind, tokenizer, source.special_ids, chat, path.stem, about
-            )
+            taught = (tokenizer, source.special_ids, source.chat_template)
+            write_gguf(written, source.config, model.state_dict(), GGUF_TYPES[config.dtype], *taught, path.stem, about)
         else:
             card = model_card(config.push or path.name, rows, source.chat_template, run)
             write_folder(written, source, model, config.dtype, content, names, card)
@@ -243,8 +232,7 @@ def main(config):
                 os.fsync(whole.fileno())
         put_in_place(written, path)
     except (OSError, SafetensorError) as error:  # numpy and safetensors say nothing of the cause, a full disk
-        known = getattr(error, "errno", None)
-        advice = way_out(error) if known else "free some disk, or use another folder"
+        advice = way_out(error) if getattr(error, "errno", None) else "free some disk, or use another folder"
         sys.exit(f"error: {path} could not be written ({first_line(error)}): {advice} with --to=")
     finally:
         with suppress(OSError):
@@ -252,10 +240,8 @@ def main(config):
     size = sum(file.stat().st_size for file in ([path] if gguf else path.iterdir()))
     print(f"{path}: {rows['parameters']} parameters, {config.dtype}, {size / 1e6:,.0f} MB")
     print(compared)
-    if gguf:
-        print(f"to load: llama-cli -m {path}, or sample.py --init_from={path}")
-    else:
-        print(f'to load: transformers.AutoModelForCausalLM.from_pretrained("{path}"), or sample.py --init_from={path}')
+    how = f"llama-cli -m {path}" if gguf else f'transformers.AutoModelForCausalLM.from_pretrained("{path}")'
+    print(f"to load: {how}, or sample.py --init_from={path}")
     if config.push:
         print(f"uploaded to {push(path, config.push)}")
 

@@ -185,9 +185,12 @@ def downloaded(repo, name, revision):
 def beside(release, name):
     """The path of a file that may stand beside a Release's config.json, or None. May download it."""
     path = release.path / name
-    if path.is_file():
-        return path
-    if release.source not in ("Hub cache", "Hub") or hub_problem():
+    if path.is_file() or release.source not in ("Hub cache", "Hub"):
+        return path if path.is_file() else None
+    if huggingface_hub.try_to_load_from_cache(release.title, name, revision=release.revision) is not None:
+        return None  # the Hub said before that there is none
+    if problem := hub_problem():
+        print(f"note: {release.title} is taken to have no {name}, for it was never asked ({problem})", file=sys.stderr)
         return None
     try:
         return downloaded(release.title, name, release.revision)

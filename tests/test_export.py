@@ -1,7 +1,6 @@
 """export.py: what transformers makes of the folder is the network that the checkpoint holds."""
 
 import base64
-import copy
 import hashlib
 import json
 import re
@@ -179,7 +178,8 @@ def test_what_a_folder_says_of_itself_is_kept(stranger, tmp_path, quiet):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(generation_config={"eos_token_id": 49_154}), "eos_token_id = 49154, which is no token"),
-    (dict(generation_config={"pad_token_id": [2, "</s>"]}), "pad_token_id = '</s>', which is no token"),
+    (dict(generation_config={"eos_token_id": [2, "</s>"]}), "eos_token_id = [2, '</s>'], which is no token"),
+    (dict(generation_config={"eos_token_id": 2, "pad_token_id": [2]}), "pad_token_id = [2], which is no token"),
     (dict(tokenizer_config={"chat_template": [{"name": "default"}]}), "it must be one Jinja text"),
     (dict(tokenizer={"model": {}}), "is not SmolLM2's"),
 ])  # fmt: skip
@@ -201,14 +201,10 @@ def test_more_tokens_than_rows_get_one_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported_gguf(stranger):
-    """(the stranger's network in bfloat16, its tokenizer.json, its .gguf)"""
+    """(the stranger's network, its tokenizer.json, its .gguf)"""
     model, folder, tokenizer = stranger
     path = folder.parent / "a.gguf"
-    flags = [f"--init_from={folder}", "--format=gguf", "--dtype=bfloat16", f"--to={path}"]
-    export.main(configure(ExportConfig, flags))
-    model = copy.deepcopy(model)
-    for p in model.parameters():
-        p.data = p.data.bfloat16().float() if p.dim() == 2 else p.data
+    export.main(configure(ExportConfig, [f"--init_from={folder}", "--format=gguf", f"--to={path}"]))
     return model, tokenizer, path
 
 
@@ -241,14 +237,14 @@ def test_llama_cpp_says_the_same(exported_gguf):
     with torch.no_grad():
         expected = model(torch.tensor([prompt + ours]))[0]
     error = (torch.tensor(network.scores[: len(expected)]) - expected).norm() / expected.norm()
-    assert error < 2**-8
+    assert error < 1e-4, error
     network.close()
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--dtype=q8_0"], "--dtype=q8_0 is a type of GGUF files: add --format=gguf"),
-    (["--to=a.gguf"], "the name of a GGUF file ends in .gguf"),
-    (["--format=gguf", "--to=a"], "the name of a GGUF file ends in .gguf"),
+    (["--to=a.gguf"], "a GGUF file's name ends in .gguf"),
+    (["--format=gguf", "--to=a"], "a GGUF file's name ends in .gguf"),
     (["--push=me"], "--push=me does not name a repository of the Hub"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(flags, words, tmp_path, monkeypatch, capsys):
