@@ -97,7 +97,7 @@ def test_transformers_loads_the_same_network(trained, dtype, capsys, quiet):
         assert torch.equal(model(idx), load(folder)(idx))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXT).input_ids == encode(load_tokenizer(), TEXT)
-    assert tokenizer.decode(tokenizer(" a , b .").input_ids) == " a , b ."
+    assert tokenizer.clean_up_tokenization_spaces is False  # transformers 4 would turn " ," into ","
     assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.chat_template is None
 
 
