@@ -179,6 +179,7 @@ def train(config):
         check_state(ckpt_path, checkpoint, model, optimizer)
         model.load_state_dict(checkpoint["model"])
         load_optimizer(optimizer, scheduler, checkpoint, config)
+        tokenizer["chat"] = checkpoint["tokenizer"].get("chat", False)
         resumed_at = iter_num
         if iter_num < config.max_iters:
             say(f"resuming at iteration {iter_num + 1}, from {ckpt_path}")
@@ -195,6 +196,7 @@ def train(config):
         keep_or_overwrite(out_dir, config.overwrite)
         source = None if config.init_from == "scratch" else find_weights(config.init_from)
         say(source.about if source else f"a new network, from seed {config.seed}")
+        tokenizer["chat"] = "block_size" in meta or bool(source and source.chat_template)  # how exports end a text
         model = build_model(config, device, source)
         optimizer, scheduler = build_optimizer(model, config)
 
@@ -251,7 +253,7 @@ def train(config):
     # ---- The log, and before its first line what is about to happen
     sequences = config.batch_size * config.gradient_accumulation_steps  # per iteration, in all processes together
     if rank == 0:
-        encoding = load_tokenizer(**tokenizer) if config.sample_interval else None
+        encoding = load_tokenizer(tokenizer["official"], tokenizer["sha256"]) if config.sample_interval else None
         if encoding and len(encode(encoding, config.sample_prompt)) > config.max_position_embeddings:
             sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
         track = open_tracker(config.tracker, out_dir, iter_num, asdict(config), say)

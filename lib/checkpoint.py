@@ -10,7 +10,8 @@ Its keys:
     best_val_loss                 lowest validation loss so far
     config                        every setting, resolved, by name
     data                          sha256 of train.bin and val.bin
-    tokenizer                     which tokenizer made them: its --official= source and its sha256
+    tokenizer                     which tokenizer made them: its --official= source and its sha256; chat: whether the
+                                  network was taught conversations, so that a text ends with <|im_end|>
     machine                       number of threads and of processes, on which the last bits depend
     checksums                     of every tensor in model and optimizer, and of all plain values together
     version                       of this layout

@@ -1,8 +1,9 @@
 """
-GGUF files, read under the release's names. The gguf package reads the bytes.
+GGUF files, under the release's names. The gguf package reads and writes the bytes.
 
     config = read_gguf_config(path)           # the header, as a config.json would say it
     tensors = read_gguf_tensors(path)         # fp32, in the release's names and row order
+    write_gguf(path, config, tensors, "Q8_0", tokenizer, special_ids, chat_template)    # as llama.cpp loads it
 
 lib/tokenizer.py rebuilds tokenizer.json from a header.
 """
@@ -16,10 +17,11 @@ import struct
 import sys
 
 import gguf
+import numpy as np
 import torch
 
 from lib.errors import first_line
-from lib.layouts import deinterleave
+from lib.layouts import deinterleave, interleave
 
 NAMES = {  # llama.cpp's: the release's
     "token_embd": "model.embed_tokens",
@@ -164,3 +166,87 @@ def read_gguf_tensors(path):
 def read_gguf_types(path):
     """[how each tensor is stored: F32, Q4_1, ...], in the order of read_gguf_tensors."""
     return [tensor.tensor_type.name for tensor in open_gguf(path).tensors]
+
+
+def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_template, name, description):
+    """
+    Write a network to a file that llama.cpp loads. Raises OSError if the disk fails; ends the program with one line if
+    rows of this network cannot be of this kind.
+
+    config: ModelConfig; tensors: {name: floating-point tensor} under the release's names; kind: F32, F16, BF16 or Q8_0,
+    of the matrices, while norms stay F32; tokenizer: a tokenizer.json of SmolLM2's kind, a dict, with no more tokens
+    than config.vocab_size; special_ids, chat_template: as a Source has them; name, description: for people to read.
+    """
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_description(description)
+    add_network(writer, config, kind)
+    add_tokenizer(writer, config.vocab_size, tokenizer, special_ids, chat_template)
+    kinds = {name: gguf.GGMLQuantizationType[kind if t.dim() == 2 else "F32"] for name, t in tensors.items()}
+    for name, tensor in tensors.items():  # the header says where each tensor lies, so it is written before them
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[name]]
+        if tensor.shape[-1] % block:
+            rows = f"{name} has rows of {tensor.shape[-1]} values"
+            sys.exit(f"error: {rows}, but {kind} stores {block} at a time: write F32, F16 or BF16")
+        size = tensor.numel() // block * block_bytes
+        writer.add_tensor_info(gguf_name(name), tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors.items():
+            if ".q_proj." in name or ".k_proj." in name:
+                tensor = interleave(tensor, config.head_dim)
+            writer.write_tensor_data(gguf.quantize(tensor.float().contiguous().numpy(), kinds[name]))
+    finally:
+        writer.close()
+
+
+def gguf_name(name):
+    """llama.cpp's name of a tensor: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
+    block, part = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
+    ours = {release: llama_cpp for llama_cpp, release in NAMES.items()}[part]
+    return f"blk.{block}.{ours}.weight" if block else f"{ours}.weight"
+
+
+def add_network(writer, config, kind):
+    """The numbers that read_gguf_config reads back."""
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)  # llama.cpp would take hidden_size / heads
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def add_tokenizer(writer, vocab_size, tokenizer, special_ids, chat_template):
+    """What gguf_tokenizer_json rebuilds tokenizer.json from. llama.cpp wants a token for each row of the embedding."""
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
+    for token, i in tokenizer["model"]["vocab"].items():
+        tokens[i], types[i] = token, gguf.TokenType.NORMAL
+    for added in tokenizer["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added.get("special", True) else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], kind
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_unk_token_id(0)
+    for name, i in special_ids.items():
+        getattr(writer, f"add_{name}")(i[0] if isinstance(i, list) else i)  # llama.cpp knows more ends by their names
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    if chat_template:
+        writer.add_chat_template(chat_template)

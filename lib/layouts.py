@@ -1,6 +1,6 @@
 """
 The same weights in another order. Reordering a matrix's rows or heads is exactly the same as computing with
-another convention, so these serve a reader of GGUF files and two scripts that try the wrong conventions.
+another convention, so these serve GGUF files and two scripts that try the wrong conventions.
 
 Shapes: w (heads * D, C) for q_proj and k_proj; H query heads, K key/value heads, D head dimension.
 """
@@ -13,6 +13,11 @@ def deinterleave(w, head_dim):
     already, it makes model.py compute interleaved RoPE.
     """
     return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def interleave(w, head_dim):
+    """The inverse of deinterleave: from the release's order of q and k to llama.cpp's."""
+    return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def tile_heads(w, dim, num_attention_heads, num_key_value_heads):

@@ -19,6 +19,7 @@ it used.
 import difflib
 import functools
 import importlib.metadata
+import importlib.util
 import re
 import reprlib
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
-from lib.errors import first_line
+from lib.errors import first_line, reject
 from lib.files import read_json, sha256_of
 from lib.formats import (
     OTHERS,
@@ -265,6 +266,22 @@ def downloaded(repo, name, revision):
         raise FileNotFoundError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
+def beside(release, name):
+    """The path of a file that may stand beside a Release's config.json, or None. May download it."""
+    path = release.path / name
+    if path.is_file() or release.source not in ("Hub cache", "Hub"):
+        return path if path.is_file() else None
+    if huggingface_hub.try_to_load_from_cache(release.title, name, revision=release.revision) is not None:
+        return None  # the Hub said before that there is none
+    if problem := hub_problem():
+        print(f"note: {release.title} is taken to have no {name}, for it was never asked ({problem})", file=sys.stderr)
+        return None
+    try:
+        return downloaded(release.title, name, release.revision)
+    except FileNotFoundError:
+        return None
+
+
 @functools.cache
 def hub_problem():
     """Why the Hub cannot be reached, or None. Takes at most 3 s, where the client's own retries take 23."""
@@ -322,3 +339,35 @@ def describe(release):
     for name, (digest, pinned) in release.sha256.items():
         lines.append(f"          {name} sha256 {digest} {'as pinned' if pinned else '(no hash is pinned)'}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Uploading to it
+
+
+def check_push(repo):
+    """Before the work: end the program with one line if an upload to `repo` cannot succeed."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        reject(f"--push={repo} does not name a repository of the Hub: write org/name")
+    if not huggingface_hub.get_token():
+        sys.exit("error: --push needs your token of the Hub: log in with `hf auth login`, or set HF_TOKEN")
+    if problem := hub_problem():
+        sys.exit(f"error: --push cannot reach the Hub ({problem}): connect, or leave --push out and upload later")
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("error: --push uploads only what transformers agrees with: pip install transformers")
+
+
+def push(path, repo):
+    """Upload a folder or a file; returns the repository's address. Ends the program with one line if that fails."""
+    try:
+        hub = huggingface_hub.HfApi()
+        url = hub.create_repo(repo, exist_ok=True)
+        upload = huggingface_hub.CommitOperationAdd
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        hub.create_commit(
+            repo, [upload(file.name, file) for file in files], commit_message=f"{path.name}, by export.py"
+        )
+    except Exception as error:  # see downloaded
+        again = f"hf upload {repo} {path}"
+        sys.exit(f"error: {path} is whole, but the Hub did not take it ({first_line(error)}): try again with `{again}`")
+    return url

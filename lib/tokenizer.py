@@ -238,13 +238,13 @@ def gguf_tokenizer_json(path):
     if not all(isinstance(found, list) for found in (tokens, types, merges)) or len(tokens) != len(types):
         sys.exit(f"error: the tokenizer in {path} has no type for each token: download or convert it again")
     added = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
-    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": token} | plain
+            {"id": i, "content": token} | plain | {"special": kind == gguf.TokenType.CONTROL}
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in added
         ],

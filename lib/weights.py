@@ -14,11 +14,12 @@ import reprlib
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
+from lib.chat import TEMPLATE
 from lib.checkpoint import check_tensors, load_saved, read_checkpoint, state_dict_in
 from lib.errors import first_line
 from lib.files import read_json
@@ -26,6 +27,8 @@ from lib.formats import is_gguf, is_torch
 from model import ModelConfig, SmolLM2, rope_tables
 
 NAMES = {field.name for field in fields(ModelConfig)}
+PLAIN = dict(bos_token_id=0, eos_token_id=0), ""  # special_ids and chat_template of the base releases
+CHAT = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2), TEMPLATE  # and of the Instruct releases
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Source:
     config: ModelConfig
     read: Callable  # () -> {name: tensor}
     tokenizer: dict  # the arguments of load_tokenizer
+    special_ids: dict  # bos_token_id and eos_token_id (a list, if several end a text), perhaps pad_token_id
+    chat_template: str  # in Jinja; empty if these weights were taught no conversation
 
 
 def find_weights(init_from, out_dir="out"):
@@ -57,15 +62,14 @@ def find_weights(init_from, out_dir="out"):
             check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
             return without_prefix(checkpoint["model"])
 
-        return Source(path, about, config, read, checkpoint["tokenizer"])
+        tokenizer = dict(checkpoint["tokenizer"])
+        chat = tokenizer.pop("chat", False)  # trained on conversations, or from weights that were
+        return Source(path, about, config, read, tokenizer, *(CHAT if chat else PLAIN))
     from lib.official import describe, find_release  # the Hub's client, imported only when needed
 
     release = find_release(init_from)
-    read = functools.partial(release_tensors, release)
-    about, config = describe(release), release_config(release)
-    if not is_gguf(release.path):
-        about += about_prefix(stored_tensors(release), release.path)
-    return Source(release.path, about, config, read, {"official": release.asked})
+    about = describe(release) + ("" if is_gguf(release.path) else about_prefix(stored_tensors(release), release.path))
+    return replace(release_source(release), about=about)
 
 
 def load_network(source, config=None):
@@ -146,7 +150,38 @@ def checkpoint_config(path, checkpoint):
 def release_source(release):
     """The Source of a Release."""
     read = functools.partial(release_tensors, release)
-    return Source(release.path, release.title, release_config(release), read, {"official": release.asked})
+    tokenizer = {"official": release.asked}
+    return Source(release.path, release.title, release_config(release), read, tokenizer, *release_specials(release))
+
+
+def release_specials(release):
+    """(special_ids, chat_template) of a Release, as its own files say."""
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    if is_gguf(release.path):
+        from lib.gguf import header_value
+
+        found = {name: header_value(release.path, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+        template = header_value(release.path, "tokenizer.chat_template") or ""
+    else:
+        from lib.official import RELEASES, beside
+
+        if (release.title, release.revision) in RELEASES.values():
+            return CHAT if release.title.endswith("-Instruct") else PLAIN
+        files = [beside(release, name) for name in ("generation_config.json", "tokenizer_config.json")]
+        generation, tokenizer = (read_json(file, "copy the release there again") if file else {} for file in files)
+        settings = read_config(release.path)
+        found = {name: settings.get(name) if generation.get(name) is None else generation[name] for name in names}
+        template = tokenizer.get("chat_template", "")
+        if not template and (file := beside(release, "chat_template.jinja")):
+            template = file.read_text(encoding="utf-8", errors="replace")
+    if isinstance(template, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        sys.exit(f"error: the chat_template of {release.path} is {reprlib.repr(template)}: it must be one Jinja text")
+    found = {name: i for name, i in found.items() if i is not None}
+    ids, _ = CHAT if template else PLAIN
+    return found if "eos_token_id" in found else ids | found, template
 
 
 def release_config(release):

@@ -9,10 +9,13 @@ import gguf
 import pytest
 import torch
 from networks import llama, load, permuted, refusal, same_logits, save, write_gguf
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+import lib.gguf as gguf_py
 from lib.official import find_release
 from lib.tokenizer import gguf_tokenizer_json, tokenizer_json
 from lib.weights import release_config, release_tensors
+from model import ModelConfig
 
 
 @pytest.mark.parametrize("kind, tolerance", [("F32", 0), ("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", None)])
@@ -50,6 +53,51 @@ def test_the_wheel_is_smollm2_and_its_rows_are_put_back(release, real_model, rea
     with torch.no_grad():
         right, wrong = real_model(idx, targets), torch.func.functional_call(real_model, tensors, (idx, targets))
     assert wrong > right + 2, (wrong, right)
+
+
+def tiny_tokenizer(n):
+    """A tokenizer.json, as far as a GGUF needs one, with n tokens."""
+    special = [{"id": 0, "content": "t0", "special": True}, {"id": 1, "content": "t1", "special": False}]
+    vocab = {f"t{i}": i for i in range(n)}
+    return {"added_tokens": special, "model": {"vocab": vocab, "merges": [["t2", "t3"], "t4 t5"]}}
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_what_we_write_is_what_the_converter_writes(kind, tmp_path):
+    """Tensor by tensor and byte for byte; and transformers' own reader puts the rows back where they were."""
+    network = llama()
+    config = release_config(find_release(str(save(tmp_path / "folder", network))))
+    weights = {name: tensor for name, tensor in network.state_dict().items() if name != "lm_head.weight"}
+    ids = dict(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=3)
+    ours, theirs = str(tmp_path / "ours.gguf"), write_gguf(tmp_path / "theirs.gguf", network, kind)
+    gguf_py.write_gguf(ours, config, weights, kind, tiny_tokenizer(90), ids, "{{ messages }}", "a name", "and more")
+    stored = [{t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(f).tensors} for f in (ours, theirs)]
+    assert stored[0] == stored[1]
+    header = {name: field.contents() for name, field in gguf.GGUFReader(ours).fields.items()}
+    for name, field in gguf.GGUFReader(theirs).fields.items():
+        assert name.startswith("GGUF.") or header[name] == field.contents(), name
+    assert header["llama.attention.key_length"] == header["llama.attention.value_length"] == 32
+    assert header["general.file_type"] == gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")]
+    assert header["tokenizer.ggml.tokens"] == [f"t{i}" for i in range(90)] + [f"[PAD{i}]" for i in range(90, 96)]
+    assert header["tokenizer.ggml.token_type"] == [3, 4] + 88 * [1] + 6 * [5]
+    assert header["tokenizer.ggml.merges"] == ["t2 t3", "t4 t5"]
+    assert [header[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")] == [1, 2, 3, 0]
+    assert (header["general.name"], header["tokenizer.chat_template"]) == ("a name", "{{ messages }}")
+    found = load_gguf_checkpoint(ours, return_tensors=True, model_to_load=network)["tensors"]
+    for name, tensor in release_tensors(find_release(ours)).items():
+        assert torch.equal(tensor, torch.as_tensor(found[name]).float()), name
+        exact = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16).get(kind)
+        if exact is not None:
+            assert torch.equal(tensor, weights[name].to(exact if tensor.dim() == 2 else torch.float32).float()), name
+
+
+def test_rows_that_no_block_fits_get_one_line(tmp_path):
+    config = ModelConfig(hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96)
+    weights = {"model.embed_tokens.weight": torch.zeros(96, 40)}
+    args = (config, weights, "Q8_0", tiny_tokenizer(96), {}, "", "", "")
+    message = refusal(gguf_py.write_gguf, str(tmp_path / "a.gguf"), *args)
+    assert "model.embed_tokens.weight has rows of 40 values, but Q8_0 stores 32 at a time" in message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("part", [0, 3, 50, 400, 2_000, 0.3, 0.9, 0.999])

@@ -495,7 +495,7 @@ def test_a_checkpoint_knows_its_tokenizer(place):
     meta |= {"tokenizer": "base", "tokenizer_sha256": TOKENIZER_SHA256}
     Path("data/text/meta.json").write_text(json.dumps(meta))
     assert run("--out_dir=a", "--max_iters=1") == 0
-    assert load("a")["tokenizer"] == {"official": "base", "sha256": TOKENIZER_SHA256}
+    assert load("a")["tokenizer"] == {"official": "base", "sha256": TOKENIZER_SHA256, "chat": False}
     meta |= {"tokenizer_sha256": 64 * "0"}
     Path("data/text/meta.json").write_text(json.dumps(meta))
     message = run("--out_dir=b", "--max_iters=1", "--sample_interval=1")
