@@ -3,7 +3,8 @@
 #   python prepare_data.py --dataset=my/notes.txt
 #   python train.py config/finetune.py --dataset=notes
 #
-# 4 sequences x 256 tokens = 1,024 tokens an iteration; 100 iterations = 102,400 tokens, a thirtieth of the default text.
+# 4 sequences x 256 tokens = 1,024 tokens an iteration; 100 iterations = 102,400 tokens, a thirtieth of the default
+# text.
 # The weights are good already, so the learning rate is a hundredth of the 3e-3 that they were trained with: 1,024
 # tokens an iteration, where that run had a million, give a gradient some thirty times as noisy (the square root).
 
