@@ -110,7 +110,7 @@ def encode_conversations(encoding, loss_on, length, documents):
         ids, mask = chat_ids(encoding, document.messages)
         mask = np.ones(len(ids), np.uint8) if loss_on == "all" else np.array(mask, np.uint8)
         cut = len(ids) > length
-        found.append(Encoded(document.sha256, np.array(ids[:length], "<u2"), mask[:length], cut, mask.any()))
+        found.append(Encoded(document.sha256, np.array(ids[:length], "<u2"), mask[:length].copy(), cut, mask.any()))
     return found
 
 
