@@ -58,8 +58,10 @@ def find_weights(init_from, out_dir="out"):
     from lib.official import describe, find_release  # the Hub's client, imported only when needed
 
     release = find_release(init_from)
-    read = functools.partial(release_tensors, release)
-    return Source(release.path, describe(release), release_config(release), read, {"official": init_from})
+    about, read = describe(release), functools.partial(release_tensors, release)
+    if dropout := read_config(release.path).get("attention_dropout"):  # it changes training alone, so it is no refusal
+        about += f"\nnote: config.json says attention_dropout = {reprlib.repr(dropout)}; train.py has no dropout"
+    return Source(release.path, about, release_config(release), read, {"official": init_from})
 
 
 def load_network(source, config=None):
@@ -207,6 +209,8 @@ def read_settings(config):
     if any(theta != thetas[0] for theta in thetas[1:]):
         raise ValueError(f"rope_theta is said to be {' and '.join(map(reprlib.repr, thetas))}")
     rotated = [place["partial_rotary_factor"] for place in (config, rope, scaling) if "partial_rotary_factor" in place]
+    layers = config.get("layer_types")
+    plain = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
     scaled = [place for place in (scaling, rope) if place.get("rope_type", place.get("type", "default")) != "default"]
     numbers = ModelConfig(
         vocab_size=config["vocab_size"],
@@ -229,6 +233,7 @@ def read_settings(config):
         | others
         | {
             "rope_scaling": scaled[0] if scaled else None,
+            "layer_types": None if plain else layers,
             "partial_rotary_factor": next((share for share in rotated if share not in (None, 1)), 1),
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
         }
@@ -257,6 +262,7 @@ COMPUTED = {  # what model.py does, whatever its settings; but for tie_word_embe
     "partial_rotary_factor": 1,
     "quantization_config": None,
     "sliding_window": None,
+    "layer_types": None,  # or all of them "full_attention"
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "logits_scaling": 1,

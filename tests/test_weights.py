@@ -77,6 +77,17 @@ def test_folders_saved_by_transformers(tmp_path):
         same_logits(release, network)
 
 
+def test_full_attention_in_every_layer_is_ours_and_dropout_is_told(tmp_path):
+    network = llama(layer_types=["full_attention"] * 2, attention_dropout=0.1)
+    path = save(tmp_path, network)
+    assert json.loads((path / "config.json").read_text())["layer_types"] == ["full_attention"] * 2
+    source = find_weights(str(path))
+    assert source.about.splitlines()[-1] == "note: config.json says attention_dropout = 0.1; train.py has no dropout"
+    same_logits(find_release(str(path)), network)  # in evaluation, where transformers has none either
+    edited(path, attention_dropout=0.0)
+    assert "note:" not in find_weights(str(path)).about
+
+
 def test_weights_keep_their_dtype_and_may_repeat_the_head(tmp_path):
     network = llama().bfloat16()
     release = find_release(str(save(tmp_path, network)))
@@ -211,6 +222,13 @@ SPOILT = {
     ),
     "quantised": (lambda folder: edited(folder, quantization_config={"bits": 4}), ["quantization_config = {'bits'"]),
     "a window": (lambda folder: edited(folder, sliding_window=512), ["sliding_window = 512"]),
+    "windows in some layers": (
+        lambda folder: edited(folder, layer_types=["full_attention", "sliding_attention"]), ["layer_types = ['full_att"]
+    ),
+    "layers in words": (lambda folder: edited(folder, layer_types="full_attention"), ["layer_types = 'full_attention'"]),
+    "tables of gigabytes": (
+        lambda folder: edited(folder, max_position_embeddings=2**24), ["16777216", "from 1 to 1,048,576"]
+    ),
     "capped logits": (lambda folder: edited(folder, final_logit_softcapping=30.0), ["final_logit_softcapping = 30.0"]),
     "two lines": (lambda folder: edited(folder, hidden_act="a\nb\u2028c"), ["hidden_act = 'a\\nb\\u2028c'"]),
     "a head alone": (
