@@ -225,7 +225,7 @@ SPOILT = {
     "windows in some layers": (
         lambda folder: edited(folder, layer_types=["full_attention", "sliding_attention"]), ["layer_types = ['full_att"]
     ),
-    "layers in words": (lambda folder: edited(folder, layer_types="full_attention"), ["layer_types = 'full_attention'"]),
+    "layers in words": (lambda folder: edited(folder, layer_types="full_attention"), ["layer_types = 'full_att"]),
     "tables of gigabytes": (
         lambda folder: edited(folder, max_position_embeddings=2**24), ["16777216", "from 1 to 1,048,576"]
     ),
