@@ -7,7 +7,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.weights import find_weights, load_network, release_source
 
@@ -20,6 +19,8 @@ LLAMA = dict(
 
 def llama(seed=0, **changes):
     """A small network of transformers, with weights loud enough to be compared."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # torture.py needs none of it, and must start soon
+
     rope = {"rope_type": "default", "rope_theta": 20_000.0}
     network = LlamaForCausalLM(LlamaConfig(**LLAMA | {"rope_parameters": rope} | changes)).eval()
     generator = torch.Generator().manual_seed(seed)
