@@ -1,4 +1,4 @@
-"""torture.py in a short form: every fault once, eight spoilt files of each kind. `make torture` has fifty times that."""
+"""torture.py in a short form: every fault once, eight spoilt files a kind. `make torture` tries fifty times that."""
 
 import subprocess
 import sys

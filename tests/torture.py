@@ -442,7 +442,7 @@ def read_dataset(path):
 
 def read_rows(path):
     open_log(path, ITERS, 1, print)
-    return dict(enumerate(map(tuple, read_log(path)[1])))
+    return dict(enumerate(tuple(row.items()) for row in read_log(path)[1]))
 
 
 TEXT = "text has no checksums"
@@ -470,7 +470,7 @@ def spoilt(content, dice):
 
 
 def read_spoilt(folder, name, read, expected, content):
-    """Read a file of that content in a child: "same", "refused", "other" or "traceback"."""
+    """Read a file of that content in a child: "same" (or told in a note), "refused", "other" or "traceback"."""
     (folder / "said").unlink(missing_ok=True)
     (folder / name).write_bytes(content)
 
