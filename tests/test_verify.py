@@ -298,7 +298,7 @@ def sound_copies(config, tensors, folder):
     yield write_folder(folder / "head", config, fp32 | head), "F32"
     write_checkpoint(folder / "ckpt.pt", checkpoint_of(config, fp32))
     yield folder / "ckpt.pt", "F32"
-    for kind in ("F32", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q4_0"):  # the gguf package does not write the K types
+    for kind in ("F32", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q4_0", "MXFP4"):  # the gguf package does not write the K types
         yield write_gguf(folder / f"{kind}.gguf", build(config, tensors), kind), kind
 
 
@@ -319,26 +319,34 @@ def test_sound_copies_pass(run, standin, tmp_path):
         assert worst == 0 if kind in ("F32", "BF16") else 0.1 < worst <= 1, out
 
 
-def test_a_type_whose_rounding_is_unknown_is_skipped(run, standin, tmp_path):
-    """MXFP4 stands for all such types. Its values and its name are not judged; the network is, as the coarsest type."""
+def test_a_type_whose_rounding_is_unknown_is_skipped(run, standin, tmp_path, monkeypatch):
+    """MXFP4 stands for all such types, and for Q2_K, whose values alone can be judged."""
     config, tensors, reference = standin
+    mxfp4 = verify.PRECISION["MXFP4"]
+    monkeypatch.delitem(verify.PRECISION, "MXFP4")
     copy = write_gguf(tmp_path / "copy.gguf", build(config, tensors), "MXFP4")
     code, out, rows = run(official=reference, weights=copy)
     assert code == 0, out
     assert rows["their types"]["result"] == "skipped" and "29 MXFP4" in rows["their types"]["measured"]
     values = {name: row for name, row in rows.items() if "values of" in name}
     assert values.popitem()[1]["measured"] == "the rounding of MXFP4 is not known here" and not values
-    coarsest = max(verify.PRECISION.values(), key=lambda precision: precision.hidden)
-    hidden = rows["hidden states, 4 layers (relative)"]
-    assert hidden["bound"] == f"within {coarsest.hidden:g}" and hidden["result"] == "✓"
+    assert rows["hidden states, logits, NLL"]["measured"] == "the rounding of MXFP4 is not known here"
 
+    blind = verify.PRECISION["Q2_K"]._replace(block=32)
+    monkeypatch.setitem(verify.PRECISION, "MXFP4", blind)
+    code, out, rows = run(official=reference, weights=copy)
+    assert code == 0 and rows["every value, as MXFP4, F32 rounds it"]["result"] == "✓", out
+    assert skipped(rows) == ["hidden states, logits, NLL"]
     tensors = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
     copy = write_gguf(tmp_path / "wrong.gguf", build(config, tensors), "MXFP4")
     code, out, rows = run(official=reference, weights=copy)
-    assert code == 1 and "✗" in {row["result"] for row in rows.values()}, out
+    assert code == 1 and failed(rows) == ["every value, as MXFP4, F32 rounds it"], out
+    monkeypatch.setitem(verify.PRECISION, "MXFP4", mxfp4)
+    code, out, rows = run(official=reference, weights=copy)
+    assert code == 1 and not skipped(rows) and "argmax token" in failed(rows), out
 
 
-@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "Q4_K", "Q3_K"])
+@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS"])
 def test_the_k_types_are_known(name):
     """The gguf package reads them, so that a copy in them can be judged."""
     kind = gguf.GGMLQuantizationType[name]
