@@ -41,7 +41,7 @@ class ModelConfig:
     LIMITS: ClassVar = {  # smallest and largest value of each number, wherever it comes from
         "vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**20),
         "num_hidden_layers": (1, 1_000), "num_attention_heads": (1, 1_000), "num_key_value_heads": (1, 1_000),
-        "head_dim": (2, 2**16), "max_position_embeddings": (1, 2**24), "rope_theta": (1.0, 1e12),
+        "head_dim": (2, 2**16), "max_position_embeddings": (1, 2**20), "rope_theta": (1.0, 1e12),
         "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 100.0),
     }  # fmt: skip
 
@@ -51,7 +51,7 @@ class ModelConfig:
             numbers = (int,) if whole else (int, float)
             if type(value) not in numbers or not low <= value <= high:  # NaN is in no range
                 kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{name} is {value!r}: it must be {kind} from {low:g} to {high:g}")
+                raise ValueError(f"{name} is {value!r}: it must be {kind} from {low:,.9g} to {high:,.9g}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

@@ -47,7 +47,7 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     prepared for another block_size. block_size=None: the one they were prepared for, or any length.
     """
     folder = Path(data_dir) / dataset
-    built_in = dataset in ("python", "shakespeare")
+    built_in = dataset in ("python", "python_chat", "shakespeare")
     way_out = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={dataset}'}"
     meta = read_json(folder / "meta.json", way_out)
     what = meta["sources"].get("what") if isinstance(meta.get("sources"), dict) else None

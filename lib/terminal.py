@@ -8,6 +8,7 @@ Each reply reads the whole conversation again, from its beginning: a second or t
 """
 
 import contextlib
+import importlib
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def converse(encoding, system, room, write):
     write   function: ids -> yields the parts of the reply, lists of one str
     """
     with contextlib.suppress(ImportError):
-        pass  # noqa: F401: input() then has a history and the arrow keys
+        importlib.import_module("readline")  # input() then has a history and the arrow keys
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     print(HELP)

@@ -69,6 +69,8 @@ def find_weights(init_from, out_dir="out"):
 
     release = find_release(init_from)
     about = describe(release) + ("" if is_gguf(release.path) else about_prefix(stored_tensors(release), release.path))
+    if dropout := read_config(release.path).get("attention_dropout"):  # it changes training alone, so it is no refusal
+        about += f"\nnote: config.json says attention_dropout = {reprlib.repr(dropout)}; train.py has no dropout"
     return replace(release_source(release), about=about)
 
 
@@ -310,6 +312,8 @@ def read_settings(config):
     if any(theta != thetas[0] for theta in thetas[1:]):
         raise ValueError(f"rope_theta is said to be {' and '.join(map(reprlib.repr, thetas))}")
     rotated = [place["partial_rotary_factor"] for place in (config, rope, scaling) if "partial_rotary_factor" in place]
+    layers = config.get("layer_types")
+    plain = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
     scaled = [place for place in (scaling, rope) if place.get("rope_type", place.get("type", "default")) != "default"]
     numbers = ModelConfig(
         vocab_size=config["vocab_size"],
@@ -332,6 +336,7 @@ def read_settings(config):
         | others
         | {
             "rope_scaling": scaled[0] if scaled else None,
+            "layer_types": None if plain else layers,
             "partial_rotary_factor": next((share for share in rotated if share not in (None, 1)), 1),
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
         }
@@ -361,6 +366,7 @@ COMPUTED = {  # what model.py does, whatever its settings; but for tie_word_embe
     "quantization_config": None,
     "quantization": None,  # MLX's
     "sliding_window": None,
+    "layer_types": None,  # or all of them "full_attention"
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "logits_scaling": 1,

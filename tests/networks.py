@@ -7,7 +7,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.weights import find_weights, load_network, release_source
 
@@ -20,6 +19,8 @@ LLAMA = dict(
 
 def llama(seed=0, **changes):
     """A small network of transformers, with weights loud enough to be compared."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # torture.py needs none of it, and must start soon
+
     rope = {"rope_type": "default", "rope_theta": 20_000.0}
     network = LlamaForCausalLM(LlamaConfig(**LLAMA | {"rope_parameters": rope} | changes)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -48,25 +49,24 @@ def refusal(call, *args):
     return message
 
 
-KINDS = {kind.name: kind for kind in (
-    gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16,
-    gguf.GGMLQuantizationType.Q8_0,
-)}  # fmt: skip
-
-
 def permuted(weight, heads):
     """llama.cpp's order of q and k rows, as its converter makes it."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
+    """
+    A .gguf as llama.cpp's converter writes it, its matrices in the type `kind`; returns its path. network: of
+    transformers or model.py. extra: more tensors, (name, tensor). without, header: fields to leave out, or to change.
+    """
     config = network.config
+    theta = config.rope_theta if hasattr(config, "rope_theta") else config.rope_parameters["rope_theta"]
     writer = gguf.GGUFWriter(path, "llama")
     fields = dict(
         vocab_size=config.vocab_size, embedding_length=config.hidden_size, block_count=config.num_hidden_layers,
         feed_forward_length=config.intermediate_size, head_count=config.num_attention_heads,
         head_count_kv=config.num_key_value_heads, rope_dimension_count=config.head_dim,
-        context_length=config.max_position_embeddings, rope_freq_base=config.rope_parameters["rope_theta"],
+        context_length=config.max_position_embeddings, rope_freq_base=theta,
         layer_norm_rms_eps=config.rms_norm_eps,
     )  # fmt: skip
     for name, value in (fields | dict(header)).items():
@@ -74,11 +74,12 @@ def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
             getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, p in network.named_parameters():
-        values = p.detach().numpy()
+        values = p.detach()
         if "q_proj" in name or "k_proj" in name:
             values = permuted(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        matrix = KINDS[kind] if p.dim() == 2 else KINDS["F32"]  # as llama.cpp does: norms stay
-        writer.add_tensor(names.get_name(name, [".weight"]), gguf.quantize(values, matrix), raw_dtype=matrix)
+        stored = gguf.GGMLQuantizationType[kind if p.dim() == 2 else "F32"]  # the norms stay
+        values = gguf.quantize(values.contiguous().numpy(), stored)
+        writer.add_tensor(names.get_name(name, [".weight"]), values, raw_dtype=stored)
     for name, values in extra:
         writer.add_tensor(name, values.numpy())
     writer.write_header_to_file()

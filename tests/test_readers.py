@@ -263,14 +263,14 @@ def database():
 
 BINARIES = {
     "pandoc": zipped,
-    "name the end .gz": lambda: gzip.compress(b"text"),
+    "rename it to end in .gz": lambda: gzip.compress(b"text"),
     "pdftotext a.txt a.txt": lambda: b"%PDF-1.7\n%\xe2\xe3\n",
     "git lfs pull": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     "SQLite": database,
     ".parquet": lambda: Path(write_parquet(STORIES)).read_bytes(),
-    "name the end .arrow": lambda: Path(write_arrow(STORIES, "a.arrow")).read_bytes(),
-    "name the end .bz2": lambda: bz2.compress(b"text"),
-    "name the end .xz": lambda: lzma.compress(b"text"),
+    "rename it to end in .arrow": lambda: Path(write_arrow(STORIES, "a.arrow")).read_bytes(),
+    "rename it to end in .bz2": lambda: bz2.compress(b"text"),
+    "rename it to end in .xz": lambda: lzma.compress(b"text"),
     "binary file": lambda: pickle.dumps([1, 2, 3.5, "word"]) * 9,
     "a binary file, not": lambda: random.Random(0).randbytes(5_000),
     "not text: convert": lambda: random.Random(0).randbytes(5_000).replace(b"\0", b""),

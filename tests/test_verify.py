@@ -15,12 +15,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from networks import permuted, write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as model_py
 import verify
 from lib.checkpoint import write_checkpoint
+from lib.weights import build
 from model import ModelConfig, SmolLM2
 from verify import VerifyConfig
 
@@ -66,46 +68,6 @@ def write_folder(path, config, tensors, **changes):
     settings = asdict(config) | dict(model_type="llama", tie_word_embeddings=True) | changes
     (path / "config.json").write_text(json.dumps(settings))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
-    return path
-
-
-def interleave(tensor, heads):
-    """The rows of q or k in llama.cpp's order."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def write_gguf(path, config, tensors, kind):
-    """A .gguf as llama.cpp's converter writes it, with the matrices in type `kind`."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    theirs = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
-    for name, tensor in tensors.items():
-        if tensor.dim() == 2 and ("q_proj" in name or "k_proj" in name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            tensor = interleave(tensor, heads)
-        for ours, other in theirs.items():
-            name = name.replace(ours, other)
-        stored = kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        values = np.ascontiguousarray(tensor.float().numpy())
-        writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
     return path
 
 
@@ -336,9 +298,8 @@ def sound_copies(config, tensors, folder):
     yield write_folder(folder / "head", config, fp32 | head), "F32"
     write_checkpoint(folder / "ckpt.pt", checkpoint_of(config, fp32))
     yield folder / "ckpt.pt", "F32"
-    for name in ("F32", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q4_0"):  # the gguf package does not write the K types
-        kind = gguf.GGMLQuantizationType[name]
-        yield write_gguf(folder / f"{kind.name}.gguf", config, tensors, kind), kind.name
+    for kind in ("F32", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q4_0", "MXFP4"):  # the gguf package does not write the K types
+        yield write_gguf(folder / f"{kind}.gguf", build(config, tensors), kind), kind
 
 
 def test_sound_copies_pass(run, standin, tmp_path):
@@ -358,26 +319,34 @@ def test_sound_copies_pass(run, standin, tmp_path):
         assert worst == 0 if kind in ("F32", "BF16") else 0.1 < worst <= 1, out
 
 
-def test_a_type_whose_rounding_is_unknown_is_skipped(run, standin, tmp_path):
-    """MXFP4 stands for all such types. Its values and its name are not judged; the network is, as the coarsest type."""
+def test_a_type_whose_rounding_is_unknown_is_skipped(run, standin, tmp_path, monkeypatch):
+    """MXFP4 stands for all such types, and for Q2_K, whose values alone can be judged."""
     config, tensors, reference = standin
-    copy = write_gguf(tmp_path / "copy.gguf", config, tensors, gguf.GGMLQuantizationType.MXFP4)
+    mxfp4 = verify.PRECISION["MXFP4"]
+    monkeypatch.delitem(verify.PRECISION, "MXFP4")
+    copy = write_gguf(tmp_path / "copy.gguf", build(config, tensors), "MXFP4")
     code, out, rows = run(official=reference, weights=copy)
     assert code == 0, out
     assert rows["their types"]["result"] == "skipped" and "29 MXFP4" in rows["their types"]["measured"]
     values = {name: row for name, row in rows.items() if "values of" in name}
     assert values.popitem()[1]["measured"] == "the rounding of MXFP4 is not known here" and not values
-    coarsest = max(verify.PRECISION.values(), key=lambda precision: precision.hidden)
-    hidden = rows["hidden states, 4 layers (relative)"]
-    assert hidden["bound"] == f"within {coarsest.hidden:g}" and hidden["result"] == "✓"
+    assert rows["hidden states, logits, NLL"]["measured"] == "the rounding of MXFP4 is not known here"
 
-    tensors = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
-    copy = write_gguf(tmp_path / "wrong.gguf", config, tensors, gguf.GGMLQuantizationType.MXFP4)
+    blind = verify.PRECISION["Q2_K"]._replace(block=32)
+    monkeypatch.setitem(verify.PRECISION, "MXFP4", blind)
     code, out, rows = run(official=reference, weights=copy)
-    assert code == 1 and "✗" in {row["result"] for row in rows.values()}, out
+    assert code == 0 and rows["every value, as MXFP4, F32 rounds it"]["result"] == "✓", out
+    assert skipped(rows) == ["hidden states, logits, NLL"]
+    tensors = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
+    copy = write_gguf(tmp_path / "wrong.gguf", build(config, tensors), "MXFP4")
+    code, out, rows = run(official=reference, weights=copy)
+    assert code == 1 and failed(rows) == ["every value, as MXFP4, F32 rounds it"], out
+    monkeypatch.setitem(verify.PRECISION, "MXFP4", mxfp4)
+    code, out, rows = run(official=reference, weights=copy)
+    assert code == 1 and not skipped(rows) and "argmax token" in failed(rows), out
 
 
-@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "Q4_K", "Q3_K"])
+@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS"])
 def test_the_k_types_are_known(name):
     """The gguf package reads them, so that a copy in them can be judged."""
     kind = gguf.GGMLQuantizationType[name]
@@ -390,7 +359,7 @@ def q4_1_copy_with_a_fault(config, tensors, path):
     name = "model.layers.3.mlp.up_proj.weight"
     changed = tensors | {name: tensors[name].float()}
     changed[name][3, 5] += 0.5
-    return write_gguf(path, config, changed, gguf.GGMLQuantizationType.Q4_1)
+    return write_gguf(path, build(config, changed), "Q4_1")
 
 
 EMBED, LAYER = "model.embed_tokens.weight", "model.layers.2"
@@ -415,7 +384,7 @@ FAULTS = {  # name: (tensors -> those that change, with None for one that is rem
     "one value": (lambda t: {Q: one_value(t[Q], 0.5)}, ONE),
     "one last bit": (lambda t: {Q: one_value(t[Q], t[Q][100, 200].item() * 2**-7)}, ONE),
     "not a number": (lambda t: {Q: one_value(t[Q], float("nan"))}, ONE),
-    "llama.cpp's order": (lambda t: {Q: interleave(t[Q], 9), K: interleave(t[K], 3)}, f"{K}: "),
+    "llama.cpp's order": (lambda t: {Q: permuted(t[Q], 9), K: permuted(t[K], 3)}, f"{K}: "),
     "wrong dtype": (lambda t: {UP: t[UP].half()}, f"{UP} is F16"),
     "integers": (lambda t: {UP: t[UP].to(torch.int32)}, f"{UP} is torch.int32"),
     "another head": (lambda t: {"lm_head.weight": one_value(t[EMBED], 0.5)}, "lm_head.weight differs"),
@@ -452,7 +421,8 @@ def test_faults_in_other_kinds_of_file(run, standin, tmp_path):
     code, out, _ = run(official=reference, weights=path)
     assert code == 1 and "model.layers.3.mlp.up_proj.weight: " in out
 
-    path = write_gguf(tmp_path / "bias.gguf", config, tensors | {BIAS: torch.zeros(576)}, gguf.GGMLQuantizationType.F32)
+    extra = [("blk.2.attn_q.bias", torch.zeros(576))]
+    path = write_gguf(tmp_path / "bias.gguf", build(config, tensors), extra=extra)
     code, out, _ = run(official=reference, weights=path)
     assert code == 1 and "not part of the network: blk.2.attn_q.bias" in out
     code, out, _ = run(official=path)
@@ -472,7 +442,7 @@ def test_truncated_files(run, standin, tmp_path, kind, keep):
         weights = write_folder(tmp_path / "copy", config, tensors)
         file = weights / "model.safetensors"
     elif kind == "gguf":
-        weights = file = write_gguf(tmp_path / "copy.gguf", config, tensors, gguf.GGMLQuantizationType.Q8_0)
+        weights = file = Path(write_gguf(tmp_path / "copy.gguf", build(config, tensors), "Q8_0"))
     else:
         weights = file = tmp_path / "ckpt.pt"
         write_checkpoint(file, checkpoint_of(config, tensors))

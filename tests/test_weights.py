@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shlex
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 import torch
 from networks import llama, load, refusal, same_logits, save, write_dataset, write_gguf
 from safetensors.torch import load_file, save_file
+from spoil import SMALL_TOKENIZER, spoil
 from transformers import LlamaConfig
 
 import verify
@@ -25,7 +25,7 @@ from lib import tokenizer
 from lib.checkpoint import write_checkpoint
 from lib.dataset import open_data
 from lib.official import SHA256, find_release
-from lib.tokenizer import PRE_TOKENIZER, load_tokenizer
+from lib.tokenizer import load_tokenizer
 from lib.weights import (
     config_from_json,
     config_to_json,
@@ -81,6 +81,17 @@ def test_folders_saved_by_transformers(tmp_path):
         assert "rope_parameters" in read_config(release.path)  # transformers 5
         assert (release.source, release.revision) == ("folder", "none")
         same_logits(release, network)
+
+
+def test_full_attention_in_every_layer_is_ours_and_dropout_is_told(tmp_path):
+    network = llama(layer_types=["full_attention"] * 2, attention_dropout=0.1)
+    path = save(tmp_path, network)
+    assert json.loads((path / "config.json").read_text())["layer_types"] == ["full_attention"] * 2
+    source = find_weights(str(path))
+    assert source.about.splitlines()[-1] == "note: config.json says attention_dropout = 0.1; train.py has no dropout"
+    same_logits(find_release(str(path)), network)  # in evaluation, where transformers has none either
+    edited(path, attention_dropout=0.0)
+    assert "note:" not in find_weights(str(path)).about
 
 
 def test_weights_keep_their_dtype_and_may_repeat_the_head(tmp_path):
@@ -217,6 +228,13 @@ SPOILT = {
     ),
     "quantised": (lambda folder: edited(folder, quantization_config={"bits": 4}), ["quantization_config = {'bits'"]),
     "a window": (lambda folder: edited(folder, sliding_window=512), ["sliding_window = 512"]),
+    "windows in some layers": (
+        lambda folder: edited(folder, layer_types=["full_attention", "sliding_attention"]), ["layer_types = ['full_att"]
+    ),
+    "layers in words": (lambda folder: edited(folder, layer_types="full_attention"), ["layer_types = 'full_att"]),
+    "tables of gigabytes": (
+        lambda folder: edited(folder, max_position_embeddings=2**24), ["16777216", "from 1 to 1,048,576"]
+    ),
     "capped logits": (lambda folder: edited(folder, final_logit_softcapping=30.0), ["final_logit_softcapping = 30.0"]),
     "two lines": (lambda folder: edited(folder, hidden_act="a\nb\u2028c"), ["hidden_act = 'a\\nb\\u2028c'"]),
     "a head alone": (
@@ -273,46 +291,6 @@ def test_a_pipe_or_a_folder_for_a_file_gets_one_line(tmp_path):
 
 # ---------------------------------------------------------------------------------------------
 # Whatever a file holds, it is read, or it is refused in one line
-
-
-def spoil(content, rng):
-    """The bytes of a file with a few of them, or one token of its JSON, changed."""
-    content = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        at = min(rng.randrange(len(content)), int(rng.expovariate(1 / 400)))  # headers more often than tensors
-        if at >= len(content):
-            continue
-        match rng.randrange(5):
-            case 0:
-                content[at] = rng.randrange(256)
-            case 1:
-                content[at : at + rng.choice([1, 4, 8])] = rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\0\x10"])
-            case 2:
-                del content[at : at + rng.randrange(1, 9)]
-            case 3:
-                del content[at:]
-            case 4:
-                numbers = [m for m in re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content)]
-                if numbers:
-                    found = rng.choice(numbers)
-                    content[found.start() : found.end()] = rng.choice(ODD)
-        if not content:
-            break
-    return bytes(content)
-
-
-SMALL_TOKENIZER = {  # of the family's form, with its 17 special tokens and two letters
-    "version": "1.0",
-    "added_tokens": [{"id": i, "content": f"<{i}>", "special": True} for i in range(17)],
-    "normalizer": None,
-    "pre_tokenizer": PRE_TOKENIZER,
-    "post_processor": None,
-    "decoder": {"type": "ByteLevel"},
-    "model": {"type": "BPE", "vocab": {f"<{i}>": i for i in range(17)} | {"a": 17, "b": 18}, "merges": ["a b"]},
-}
-ODD = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"64.5", b'"x"', b'"../x"', b"[]", b"{}", b"[[1]]", b"1e9",
-    b'"a"', b"99999999999999999999",
-       b'"\\ud800"', b'"a\\nb"', b"[" * 3_000]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["config.json", "model.safetensors", "index", "gguf", "tokenizer.json", "meta.json"])

@@ -6,13 +6,16 @@ Faults go in, a table comes out: what does train.py lose, get wrong, or answer w
 
 Every trial trains a tiny network in a child forked from this process, which has imported train.py once. The child
 dies or is disturbed; then the run is resumed until it ends. It must end where the undisturbed run ends: the same bits
-in weights, moments and scheduler, the same rows in log.csv. The columns of the table:
+in weights, moments and scheduler, the same rows in log.csv. Then files are spoilt at random, and each is read in a
+child. It must give what the sound file gives, or be refused in one line. The columns of the table:
 
-    trials       how many
+    trials       how many; of spoilt files, eight times as many
     lost         most iterations that were done but not saved; a SIGKILL may lose those since the last save
     differing    numbers in ckpt.pt, or rows of log.csv, that differ from the undisturbed run
-    tracebacks   children that printed one
+    tracebacks   children that printed one, crashed, took a minute or needed 4 GB
     silent       a damaged file that was used, or a death without the line that says why
+
+A format without checksums cannot tell a changed value from a meant one. How often that came up, its row says in words.
 """
 
 import contextlib
@@ -24,12 +27,14 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork keeps one thread only
@@ -45,10 +50,20 @@ import train  # noqa: E402
 
 train.plot_log = lambda *_: None  # a picture takes longer than the iterations between two
 
+from networks import write_gguf  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from spoil import SMALL_TOKENIZER, spoil  # noqa: E402
+
 from configurator import configure  # noqa: E402
+from lib import tokenizer  # noqa: E402
+from lib.checkpoint import leaves, read_checkpoint  # noqa: E402
+from lib.dataset import open_data  # noqa: E402
+from lib.log import open_log, read_log  # noqa: E402
+from lib.weights import config_to_json, find_weights, load_network  # noqa: E402
+from model import ModelConfig, SmolLM2  # noqa: E402
 
 ITERS, SAVES = 40, 10  # iterations in a run, and between saves
-EXPECTED = {}  # the state() of the undisturbed run
+EXPECTED = {}  # number of processes: the state() of the undisturbed run
 FLAGS = [
     "--vocab_size=300", "--hidden_size=32", "--intermediate_size=64", "--num_hidden_layers=2", "--head_dim=16",
     "--num_attention_heads=2", "--num_key_value_heads=1", "--max_position_embeddings=32", "--batch_size=2",
@@ -76,11 +91,8 @@ def prepare(folder):
     (folder / "data/text/meta.json").write_text(json.dumps(meta))
 
 
-def start(folder, flags, slow_save=None):
-    """
-    Fork a child that runs train.py in `folder`, its output in folder/said; returns its process id. slow_save: a pipe's
-    end to which the child writes a byte when a save begins; the save then takes 20 ms more, to be killed in.
-    """
+def fork(folder, work):
+    """Fork a child that calls work() in `folder`, its output in folder/said; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -90,6 +102,28 @@ def start(folder, flags, slow_save=None):
         said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
+        work()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+        if isinstance(exit.code, str):
+            os.write(2, f"{exit.code}\n".encode())
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def start(folder, flags, slow_save=None, environment=()):
+    """
+    Start a child that runs train.py in `folder`. slow_save: a pipe's end to which the child writes a byte when a save
+    begins; the save then takes 20 ms more, to be killed in. environment: variables to set.
+    """
+
+    def work():
+        os.environ.update(environment)
         if slow_save is not None:
             save = torch.save
 
@@ -101,16 +135,20 @@ def start(folder, flags, slow_save=None):
 
             torch.save = slow
         train.main(configure(train.TrainConfig, flags, saved=train.saved_settings))
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else 1
-        if isinstance(exit.code, str):
-            os.write(2, f"{exit.code}\n".encode())
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os._exit(code)
+
+    return fork(folder, work)
+
+
+def start_processes(folder, flags, processes):
+    """Start one run, shared by that many children as torchrun would start them; returns their process ids."""
+    if processes == 1:
+        return [start(folder, flags)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    return [start(folder, flags, environment=shared | rank) for rank in ranks]
 
 
 def wait(pid):
@@ -132,13 +170,13 @@ def said(folder):
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def resume(folder):
-    """Resume until the run is at its end; from the beginning if it never saved."""
+def resume(folder, processes=1):
+    """Resume until the run is at its end; from the beginning if it never saved. Returns whether it got there."""
     for _ in range(5):
         flags = ["--init_from=resume"] if (folder / "out/ckpt.pt").exists() else [*FLAGS, "--overwrite=True"]
-        if (code := wait(start(folder, flags))) == 0:
-            return code
-    return code
+        if not any([wait(pid) for pid in start_processes(folder, flags, processes)]):
+            return True
+    return False
 
 
 def state(folder):
@@ -198,6 +236,19 @@ def killed_in_a_save(folder, dice):
     wait(pid)
     os.close(read)
     return lost(folder), 0
+
+
+def killed_rank(folder, dice):
+    """Kill one of two processes. The other must end with the line that tells how to go on."""
+    pids = start_processes(folder, FLAGS, 2)
+    until(folder, f"iter {dice.randrange(1, ITERS - 5):6d} | loss", pids[0])
+    time.sleep(dice.random() * 0.02)
+    dice.shuffle(pids)
+    os.kill(pids[0], signal.SIGKILL)
+    wait(pids[0])
+    ended = wait(pids[1]) == 0  # before the signal came
+    errors = [line for line in said(folder).splitlines() if line.startswith("error: ")]
+    return lost(folder), not ended and (len(errors) != 1 or "--init_from=resume --out_dir=out" not in errors[0])
 
 
 def signalled(*numbers):
@@ -306,7 +357,7 @@ def damaged(name, change):
         change(content, dice)
         path.write_bytes(content)
         code = wait(start(folder, ["--init_from=resume", f"--max_iters={ITERS}"]))
-        silent = code == 0 and "note: " not in said(folder) and differing(EXPECTED, state(folder))
+        silent = code == 0 and "note: " not in said(folder) and differing(EXPECTED[1], state(folder))
         shutil.rmtree(folder / "out")
         shutil.rmtree(folder / "data")
         prepare(folder)
@@ -335,6 +386,7 @@ def replace(content, dice):
 FAULTS = {
     "SIGKILL, anywhere": killed_anywhere,
     "SIGKILL, inside a save": killed_in_a_save,
+    "SIGKILL, one of two ranks": killed_rank,
     "SIGTERM": signalled(signal.SIGTERM),
     "SIGTERM twice in 50 ms": signalled(signal.SIGTERM, signal.SIGTERM),
     "Ctrl-C": signalled(signal.SIGINT),
@@ -355,35 +407,137 @@ FAULTS = {
 }
 
 
+# ---- Spoilt files. Each reader returns {name: value} of what a script takes from the sound file.
+
+
+def sound_files(folder):
+    """A file of each kind in `folder`. The checkpoint, the log and the data are those of the undisturbed run there."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
+    network = SmolLM2(ModelConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64))
+    write_gguf(folder / "net.gguf", network)
+    (folder / "net").mkdir()
+    (folder / "net/config.json").write_text(json.dumps(config_to_json(network.config, attention_dropout=0.0)))
+    (folder / "net/tokenizer.json").write_text(json.dumps(SMALL_TOKENIZER))
+    save_file(network.state_dict(), folder / "net/model.safetensors")
+    shutil.copyfile(ROOT / "config/nano.py", folder / "nano.py")
+
+
+def read_network(path):
+    network = load_network(find_weights(str(path)))
+    return network.state_dict() | asdict(network.config)
+
+
+def read_tokenizer(path):
+    tokenizer.PARTS = tokenizer.deciding_parts(SMALL_TOKENIZER)  # the release's takes a hundred times longer to read
+    encoding = tokenizer.load_tokenizer(str(path.parent))
+    return encoding._mergeable_ranks | encoding._special_tokens
+
+
+def read_dataset(path):
+    train_ids, val_ids, meta = open_data("text", 300, 32, path.parent.parent)
+    figures = {(split, name): meta[split][name] for split in ("train", "val") for name in ("tokens", "bytes", "sha256")}
+    return figures | dict(train=train_ids.tobytes(), val=val_ids.tobytes())
+
+
+def read_rows(path):
+    open_log(path, ITERS, 1, print)
+    return dict(enumerate(tuple(row.items()) for row in read_log(path)[1]))
+
+
+TEXT = "text has no checksums"
+SPOILT = {  # file: (its reader, why another value in it may go unnoticed)
+    "out/ckpt.pt": (lambda path: leaves(read_checkpoint(path)), None),
+    "out/log.csv": (read_rows, TEXT),
+    "data/text/train.bin": (read_dataset, None),
+    "data/text/meta.json": (read_dataset, TEXT),
+    "net/config.json": (lambda path: read_network(path.parent), TEXT),
+    "net/model.safetensors": (lambda path: read_network(path.parent), "safetensors has no checksums"),
+    "net/tokenizer.json": (read_tokenizer, None),
+    "net.gguf": (read_network, "GGUF has no checksums"),
+    "nano.py": (lambda path: asdict(configure(train.TrainConfig, [str(path)])), TEXT),
+}
+OTHER = 3  # the exit code of a child that read something else than the sound file holds, and was not told
+
+
+def spoilt(content, dice):
+    """The content, changed: half the time near its beginning or in a token of its text, else anywhere."""
+    if dice.randrange(2):
+        return spoil(content, dice)
+    content = bytearray(content)
+    dice.choice([flip, zero, cut])(content, dice)
+    return bytes(content)
+
+
+def read_spoilt(folder, name, read, expected, content):
+    """Read a file of that content in a child: "same" (or told in a note), "refused", "other" or "traceback"."""
+    (folder / "said").unlink(missing_ok=True)
+    (folder / name).write_bytes(content)
+
+    def work():
+        signal.alarm(60)
+        resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
+        sys.exit(OTHER if differing(expected, read(Path(name))) else 0)
+
+    code = wait(fork(folder, work))
+    lines = said(folder).splitlines()
+    if code == 0 or code == OTHER and any(line.startswith("note: ") for line in lines):
+        return "same"
+    if code == OTHER:
+        return "other"
+    return "refused" if code in (1, 2) and len(lines) == 1 and lines[0].startswith("error: ") else "traceback"
+
+
+def spoil_files(sound, trials, dice, say):
+    """Read 8 * trials spoilt files of each kind. Returns rows as torture() does."""
+    table = {}
+    sound_files(sound)
+    for name, (read, why_not) in SPOILT.items():
+        content, expected = (sound / name).read_bytes(), read(sound / name)
+        found = Counter(read_spoilt(sound, name, read, expected, spoilt(content, dice)) for _ in range(8 * trials))
+        (sound / name).write_bytes(content)
+        row = [found.total(), 0, 0, found["traceback"], 0 if why_not else found["other"]]
+        note = f"   {found['other']} read with another value: {why_not}" if why_not and found["other"] else ""
+        table[f"{Path(name).name}, spoilt"] = row
+        say(table_row(f"{Path(name).name}, spoilt", row) + note)
+    return table
+
+
+def table_row(name, row):
+    return f"{name:<28}{row[0]:>8}{row[1]:>8}{row[2]:>11}{row[3]:>12}{row[4]:>8}"
+
+
 def torture(config, say=print):
     """Try every fault config.trials times; returns {fault: [trials, lost, differing, tracebacks, silent]}."""
     dice, table = random.Random(config.seed), {}
-    say(f"{'fault':<28}{'trials':>8}{'lost':>8}{'differing':>11}{'tracebacks':>12}{'silent':>8}")
+    say(table_row("fault", ("trials", "lost", "differing", "tracebacks", "silent")))
     with tempfile.TemporaryDirectory(prefix="torture.") as place:
-        reference = Path(place) / "reference"
-        prepare(reference)
-        assert wait(start(reference, FLAGS)) == 0, said(reference)
-        EXPECTED.update(state(reference))
+        for processes in (1, 2):
+            folder = Path(place) / f"reference{processes}"
+            prepare(folder)
+            assert resume(folder, processes), said(folder)
+            EXPECTED[processes] = state(folder)
         for name, fault in FAULTS.items():
             if fault is power_cut:  # slow and not for every machine, so the short form leaves it out
                 why = "only with more than one trial" if config.trials == 1 else why_no_power_cut(Path(place))
                 if why:
                     say(f"{name:<28} skipped: {why}")
                     continue
-            row = table[name] = [0] * 5
+            row, processes = [0] * 5, 2 if fault is killed_rank else 1
+            table[name] = row
             for trial in range(config.trials):
                 folder = Path(place) / f"trial{trial}"
                 prepare(folder)
                 gone, silent = fault(folder, dice)
-                code = resume(folder)
+                at_end = resume(folder, processes)
                 row[0] += 1
                 row[1] = max(row[1], gone)
-                row[2] += differing(EXPECTED, state(folder)) if code == 0 else 1
+                row[2] += differing(EXPECTED[processes], state(folder)) if at_end else 1
                 row[3] += "Traceback" in said(folder)
                 row[4] += bool(silent)
                 shutil.rmtree(folder)
-            say(f"{name:<28}{row[0]:>8}{row[1]:>8}{row[2]:>11}{row[3]:>12}{row[4]:>8}")
-    return table
+            say(table_row(name, row))
+        return table | spoil_files(Path(place) / "reference1", config.trials, dice, say)
 
 
 if __name__ == "__main__":

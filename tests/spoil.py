@@ -1,0 +1,45 @@
+"""Files spoilt at random, and a small tokenizer.json to spoil: for test_weights.py and torture.py."""
+
+import re
+
+from lib.tokenizer import PRE_TOKENIZER
+
+
+def spoil(content, rng):
+    """The bytes of a file with a few of them, or one token of its JSON, changed."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = min(rng.randrange(len(content)), int(rng.expovariate(1 / 400)))  # headers more often than tensors
+        if at >= len(content):
+            continue
+        match rng.randrange(5):
+            case 0:
+                content[at] = rng.randrange(256)
+            case 1:
+                content[at : at + rng.choice([1, 4, 8])] = rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\0\x10"])
+            case 2:
+                del content[at : at + rng.randrange(1, 9)]
+            case 3:
+                del content[at:]
+            case 4:
+                numbers = [m for m in re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content)]
+                if numbers:
+                    found = rng.choice(numbers)
+                    content[found.start() : found.end()] = rng.choice(ODD)
+        if not content:
+            break
+    return bytes(content)
+
+
+SMALL_TOKENIZER = {  # of the family's form, with its 17 special tokens and two letters
+    "version": "1.0",
+    "added_tokens": [{"id": i, "content": f"<{i}>", "special": True} for i in range(17)],
+    "normalizer": None,
+    "pre_tokenizer": PRE_TOKENIZER,
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel"},
+    "model": {"type": "BPE", "vocab": {f"<{i}>": i for i in range(17)} | {"a": 17, "b": 18}, "merges": ["a b"]},
+}
+ODD = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"64.5", b'"x"', b'"../x"', b"[]", b"{}", b"[[1]]", b"1e9",
+    b'"a"', b"99999999999999999999",
+       b'"\\ud800"', b'"a\\nb"', b"[" * 3_000]  # fmt: skip
