@@ -5,8 +5,8 @@
 #
 # 4 sequences x 256 tokens = 1,024 tokens an iteration; 100 iterations = 102,400 tokens, a thirtieth of the default
 # text.
-# The weights are good already, so the learning rate is a hundredth of the 3e-3 that they were trained with: 1,024
-# tokens an iteration, where that run had a million, give a gradient some thirty times as noisy (the square root).
+# The weights are good already, so the learning rate is a thirtieth of the 3e-3 that they were trained with: a batch of
+# 1,024 tokens, where that run had a million, gives a gradient about thirty times as noisy (the square root of 1,000).
 
 out_dir = "out/finetune"
 init_from = "base"
@@ -15,7 +15,7 @@ dataset = "python"
 batch_size = 4
 block_size = 256
 max_iters = 100
-learning_rate = 3e-5
+learning_rate = 1e-4
 min_lr = 0.0
 warmup_iters = 10
 lr_decay_iters = 100
@@ -25,6 +25,6 @@ eval_interval = 50
 eval_iters = 20
 log_interval = 5
 sample_interval = 50
-sample_prompt = "def "
+sample_prompt = "def"
 
 compile = True
