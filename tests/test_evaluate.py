@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate
 from configurator import configure
-from evaluate import EvaluateConfig, choice_rows, ratio, score, windows
+from evaluate import EvaluateConfig, answers, choice_rows, ratio, score, windows
 from lib.checkpoint import write_checkpoint
-from lib.tasks import TASKS, file_rows, hub_task_rows, read_items
+from lib.tasks import TASKS, Item, file_rows, hub_task_rows, read_items
 from model import ModelConfig, SmolLM2
 
 TEXT = "The naïve cat sat on the mat.\n\n" * 16 + "It was 12 o'clock — “late”, said the cat.\n"
@@ -217,27 +217,35 @@ def test_log_likelihoods_as_lm_evaluation_harness(real_model, peer, encoding, hf
     np.testing.assert_allclose(ours, [value for value, _ in theirs], atol=1e-3, rtol=0)
 
 
-def test_accuracies(capfd, tmp_path, tiny, encoding):
-    """The three measures and their standard errors, from the log-likelihoods; a window cuts contexts from the left."""
-    folder, network = tiny
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in layouts()["query"][0][:6]))
-    found, output = numbers(capfd, tmp_path, f"--items={path}", f"--out_dir={folder}", "--window=9")
-    assert re.search(r"note: \d+ of them are longer than the window of 9 tokens", output)
-    right = {"acc": [], "acc_norm": [], "acc_bytes": []}
-    for question, choices, gold in QUESTIONS:
-        values = []
+@torch.no_grad()
+def test_contexts_are_cut_from_the_left(tiny, encoding):
+    """To fit a window: the last tokens before a choice are kept, and white space before it is scored with it."""
+    rows, cut = choice_rows(read_items(enumerate(layouts()["query"][0][:6])), encoding, 9)
+    losses, too_long = iter(score(tiny[1], rows, 8, "cpu", "float32")), 0
+    for question, choices, _ in QUESTIONS:
         for choice in choices:
             ids = encoding.encode_ordinary(f"{question} {choice}")
             count = len(ids) - len(encoding.encode_ordinary(question.rstrip()))
+            too_long += len(ids) > 10
             ids = torch.tensor([ids[-10:]])
-            losses = F.cross_entropy(network(ids[:, :-1])[0], ids[0, 1:], reduction="none")
-            values.append(-losses[-count:].sum().item())
-        for name, length in (("acc", lambda c: 1), ("acc_norm", len), ("acc_bytes", lambda c: len(c.encode()))):
-            best = max(range(4), key=lambda i: values[i] / length(choices[i]))  # noqa: B023
-            right[name].append(best == gold)
-    for name, values in right.items():
-        assert found["A"][name] == pytest.approx([np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5])
+            expected = F.cross_entropy(tiny[1](ids[:, :-1])[0], ids[0, 1:], reduction="none")[-count:]
+            np.testing.assert_allclose(next(losses), expected, atol=1e-3)
+    assert cut == too_long and 0 < cut < len(rows)
+
+
+def test_accuracies(capfd, tmp_path, tiny):
+    """Choices that each measure ranks in its own way, and their means with standard errors."""
+    choices = ["a long answer ...", "b", "żżż"]  # 17, 1 and 3 characters; 17, 1 and 6 bytes
+    losses = [np.array([10.0, 7.0]), np.array([2.0]), np.array([4.5])]
+    items = [Item(["Q"] * 3, choices, gold) for gold in (1, 0, 2)]
+    assert answers(items, losses * 3).tolist() == np.eye(3).tolist()  # acc says "b", acc_norm the long one
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in layouts()["query"][0]))
+    found, output = numbers(capfd, tmp_path, f"--items={path}", f"--out_dir={tiny[0]}", "--window=9")
+    assert re.search(r"note: \d+ of them are longer than the window of 9 tokens", output)
+    for mean, error in found["A"].values():
+        right = np.arange(8) < round(8 * mean)
+        assert [mean, error] == pytest.approx([right.mean(), right.std(ddof=1) / 8**0.5])
 
 
 def test_tasks_from_the_hub(capfd, tmp_path, tiny, monkeypatch):
