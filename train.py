@@ -349,6 +349,7 @@ def train(config):
     bar.close()
     if rank == 0:
         say(closing(out_dir, model, device, resumed_at))
+    network = None  # see end_processes
     end_processes(world_size)
     if done:
         return 0

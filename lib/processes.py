@@ -6,6 +6,7 @@ The processes of a run: one, or as many as torchrun started, and the signals tha
     stop_signals = note_signals()                       # then it fills this list, and the loop stops by itself
 """
 
+import gc
 import os
 import signal
 import sys
@@ -26,9 +27,14 @@ def start_processes(device):
 
 
 def end_processes(world_size):
-    """Leave the group, once every process has arrived here: none may leave while another still writes."""
+    """
+    Leave the group, once every process has arrived here: none may leave while another still writes. The caller has let
+    go of DistributedDataParallel. If it outlived the group, its destructor would end the group's thread and wait for it
+    with Python's lock held, while that thread may wait for the lock: a run in two would never end.
+    """
     if world_size > 1:
         dist.barrier()
+        gc.collect()  # DistributedDataParallel is part of a cycle
         dist.destroy_process_group()
 
 

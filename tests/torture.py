@@ -435,9 +435,9 @@ def read_tokenizer(path):
 
 
 def read_dataset(path):
-    train_ids, val_ids, meta = open_data("text", 300, 32, path.parent.parent)
+    train, val, meta = open_data("text", 300, 32, path.parent.parent)
     figures = {(split, name): meta[split][name] for split in ("train", "val") for name in ("tokens", "bytes", "sha256")}
-    return figures | dict(train=train_ids.tobytes(), val=val_ids.tobytes())
+    return figures | dict(train=train.ids.tobytes(), val=val.ids.tobytes())
 
 
 def read_rows(path):
