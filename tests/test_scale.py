@@ -57,7 +57,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = [word for word in shlex.split(command) if word != "--shard=True"]  # until train.py has it
+    words = shlex.split(command)
     script = next(word for word in words if word in SCRIPTS)
     config = configure(SCRIPTS[script], words[words.index(script) + 1 :])
     if "config/" in command:  # the recipe's own batch, which the processes can share
