@@ -282,9 +282,8 @@ def test_sharded(place):
     Two processes that keep half of everything: the losses of two that keep copies; straight equals resumed to the bit;
     a checkpoint goes to one process and back; by Muon, and with the rest of what needs all processes, too.
     """
-    common = ["--gradient_accumulation_steps=2", "--batch_size=2", "--eval_iters=3"]
-    one = [*TINY, "--dataset=text", *common]
-    two = [*one, "--gradient_accumulation_steps=4", "--shard=True"]  # two passes in each process
+    passes = ["--batch_size=2", "--gradient_accumulation_steps=4"]  # two in each process
+    two = [*TINY, "--dataset=text", *passes, "--eval_interval=6", "--eval_iters=3", "--shard=True"]
     rest = ["--sample_interval=3", "--sample_tokens=3", "--save_best=True", "--activation_checkpointing=True"]
     muon = ["--optimizer=muon", "--max_iters=4"]
     several(
