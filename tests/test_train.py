@@ -231,9 +231,8 @@ def test_looking_does_not_disturb(place):
 def test_torchrun(place):
     """Two processes: straight equals resumed to the bit, and one process to 1e-5."""
     assert run("--out_dir=one") == 0
-    torchrun("--out_dir=a")
-    torchrun("--out_dir=b", "--max_iters=5")
-    torchrun("--out_dir=b", *RESUME)
+    two = [*TINY, "--dataset=text"]
+    several(place, [*two, "--out_dir=a"], [*two, "--out_dir=b", "--max_iters=5"], ["--out_dir=b", *RESUME])
     assert_same("a", "b")
     one, two = load("one")["model"], load("a")["model"]
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
