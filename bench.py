@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from configurator import configure, reject
 from lib.checkpoint import read_checkpoint, write_checkpoint
 from lib.dataset import open_data
-from lib.machine import autocast, keep_memory, peak_memory, pick_matmul
+from lib.machine import autocast, keep_memory, mfu, peak_memory, pick_matmul
 from lib.official import wheel_gguf
 from lib.tokenizer import encode_array, load_tokenizer, tokenizer_json
 from model import PRESETS, SmolLM2
@@ -70,11 +70,11 @@ def seconds_of(function, times, warmup=1, device="cpu"):
     return statistics.median(durations)
 
 
-def ours():
+def ours(whole=False):
     keep_memory()
     torch.manual_seed(0)
     model = SmolLM2(NETWORK)
-    model.compile()
+    model.compile(whole)
     return model
 
 
@@ -98,7 +98,9 @@ def measure_training(who, matmul, B, T, steps, activation_checkpointing=False, d
     """Tokens per second of a whole training step (forward, backward, clip, AdamW), and peak memory."""
     dtype, precision = ("float32", "highest") if who == "peer" else matmul
     torch.set_float32_matmul_precision(precision)
-    network = (ours() if who == "ours" else peer()).to(device)
+    network = (ours(whole=device == "cuda") if who == "ours" else peer()).to(device)
+    if device == "cuda" and who == "tuned":
+        network.compile()
     network.activation_checkpointing = activation_checkpointing
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(49_152, (B, T + 1), device=device)
@@ -131,20 +133,22 @@ def measure_products(matmul, N, device="cpu"):
     return dict(tok_per_s=N / (NETWORK.num_hidden_layers * block + seconds(C, NETWORK.vocab_size)))
 
 
-def measure_decoding(who, matmul, B, prompt, new):
+def measure_decoding(who, matmul, B, prompt, new, device="cpu"):
     """Tokens per second of greedy decoding, all rows together, and of reading the prompt (prefill)."""
     torch.set_float32_matmul_precision(matmul[1])
-    network = (ours() if who == "ours" else peer()).to(getattr(torch, matmul[0])).eval()
-    idx = torch.randint(3, 49_152, (B, prompt))
+    network = (ours() if who == "ours" else peer()).to(device, getattr(torch, matmul[0])).eval()
+    idx = torch.randint(3, 49_152, (B, prompt), device=device)
 
     def generate(count):
         if who == "ours":
             return list(network.generate(idx, count, temperature=0))
         settings = dict(do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
+        if who == "tuned":
+            settings |= dict(cache_implementation="static")  # with it, generate() compiles the network on a GPU
         return network.generate(idx, attention_mask=torch.ones_like(idx), **settings)
 
-    first = seconds_of(lambda: generate(1), 3)
-    whole = seconds_of(lambda: generate(new), 2)
+    first = seconds_of(lambda: generate(1), 3, device=device)
+    whole = seconds_of(lambda: generate(new), 2, device=device)
     return dict(tok_per_s=B * (new - 1) / (whole - first), prefill=B * prompt / first)
 
 
@@ -177,12 +181,12 @@ def measure_llama_cpp(matmul, prompt, new):
     return dict(tok_per_s=(new + 1) / seconds_of(write, 2), prefill=prompt / first)
 
 
-def measure_reading(dtype):
+def measure_reading(dtype, device="cpu"):
     """How many times per second this machine can read all weights from memory, with every thread."""
-    weights = torch.ones(parameters(), dtype=getattr(torch, dtype)).view(torch.int32)
+    weights = torch.ones(parameters(), dtype=getattr(torch, dtype), device=device).view(torch.int32)
     threads = torch.get_num_threads()
     parts = weights[: len(weights) // threads * threads].view(threads, -1)
-    return dict(reads_per_s=1 / seconds_of(lambda: parts.amax(1), 15))
+    return dict(reads_per_s=1 / seconds_of(lambda: parts.amax(1), 15, device=device))
 
 
 def measure_tokenizing(who, megabytes):
@@ -328,15 +332,6 @@ def bench_training(table, matmul, repeats, steps, shapes):
             saving = in_turn(repeats, ours=(measure_training, "ours", matmul, B, T, steps, True))
             table.row(f"train_b{B}_t{T}_checkpointed", "tok/s", "tok_per_s", figures | saving)
             table.row(f"memory_b{B}_t{T}_checkpointed", "GB", "memory", figures | saving)
-    if torch.cuda.is_available():
-        matmul, B, T = ("bfloat16", "highest"), 16, 1_024
-        figures = in_turn(
-            repeats,
-            ours=(measure_training, "ours", matmul, B, T, 10, False, "cuda"),
-            peer_tuned=(measure_training, "tuned", matmul, B, T, 10, False, "cuda"),
-            limit=(measure_products, matmul, B * T, "cuda"),
-        )
-        table.row(f"train_cuda_b{B}_t{T}", "tok/s", "tok_per_s", figures)
 
 
 def bench_decoding(table, matmul, repeats, new, shapes):
@@ -355,6 +350,38 @@ def bench_decoding(table, matmul, repeats, new, shapes):
         if prompt > 16:
             del figures["limit"]
             table.row("prefill", "tok/s", "prefill", figures)
+
+
+def bench_gpu(table, rows, repeats):
+    """Training and decoding on a GPU, in bf16. The tuned peer is compiled too. MFU where the card's peak is known."""
+    matmul = ("bfloat16", "high")
+    with torch.device("meta"):  # shapes without memory
+        network = SmolLM2(NETWORK)
+    for B, T in ((16, 1_024), (8, 2_048)) if "train" in rows else ():
+        figures = in_turn(
+            repeats,
+            ours=(measure_training, "ours", matmul, B, T, 10, False, "cuda"),
+            peer=(measure_training, "peer", matmul, B, T, 10, False, "cuda"),
+            peer_tuned=(measure_training, "tuned", matmul, B, T, 10, False, "cuda"),
+            limit=(measure_products, matmul, B * T, "cuda"),
+        )
+        table.row(f"gpu_train_b{B}_t{T}", "tok/s", "tok_per_s", figures)
+        del figures["limit"]
+        if mfu(network, T, 1, "cuda"):
+            for who in figures.values():
+                who["mfu"] = [100 * mfu(network, T, tok_per_s, "cuda") for tok_per_s in who["tok_per_s"]]
+            table.row(f"gpu_mfu_b{B}_t{T}", "%", "mfu", figures)
+        table.row(f"gpu_memory_b{B}_t{T}", "GB", "memory", figures)
+    for B in (1, 64) if "decode" in rows else ():
+        figures = in_turn(
+            repeats,
+            ours=(measure_decoding, "ours", matmul, B, 16, 256, "cuda"),
+            peer=(measure_decoding, "peer", matmul, B, 16, 256, "cuda"),
+            peer_tuned=(measure_decoding, "tuned", matmul, B, 16, 256, "cuda"),
+            limit=(measure_reading, matmul[0], "cuda"),
+        )
+        figures["limit"]["tok_per_s"] = [B * reads for reads in figures["limit"]["reads_per_s"]]
+        table.row(f"gpu_decode_b{B}", "tok/s", "tok_per_s", figures)
 
 
 def has(package):
@@ -391,6 +418,8 @@ def main(config):
     if "decode" in rows:
         shapes = [(1, 16, matmul), (8, 16, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])
         bench_decoding(table, matmul, repeats, new, shapes[:1] if quick else shapes)
+    if torch.cuda.is_available():
+        bench_gpu(table, rows, repeats)
     if "prefill" in rows:
         bench_decoding(table, matmul, repeats, new, [(1, 1_024, matmul)])
     if "tokenize" in rows:

@@ -247,8 +247,13 @@ class SmolLM2(nn.Module):
             return self.head(x)
         return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten())
 
-    def compile(self):
-        """torch.compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes."""
+    def compile(self, whole=False):
+        """
+        torch.compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes, and
+        several processes exchange one block's gradients while backward goes on. whole=True compiles forward() as one.
+        """
+        if whole:
+            return super().compile()
         for block in self.model.layers:
             block.compile()
         self.head = torch.compile(self.head)

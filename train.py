@@ -21,7 +21,6 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, differences
@@ -30,9 +29,10 @@ from lib.checkpoint import check_state, keep_or_overwrite, read_checkpoint, writ
 from lib.dataset import open_data
 from lib.errors import one_line_errors
 from lib.files import owned_folder
-from lib.log import closing, open_log, opening, plot_log, printer
-from lib.machine import autocast, keep_memory, pick_matmul, try_compiling
+from lib.log import closing, open_log, opening, plot_log, printer, resuming
+from lib.machine import autocast, keep_memory, mfu, pick_matmul, to_device, try_compiling
 from lib.optimizer import build_optimizer, load_optimizer
+from lib.parallel import clip_gradient, data_parallel, exchange_gradients, shard, to_parts, to_whole
 from lib.processes import end_on_signals, end_processes, note_signals, start_processes
 from lib.tokenizer import END_OF_TEXT, encode, known_ids, load_tokenizer
 from lib.trackers import open_tracker
@@ -82,9 +82,10 @@ class TrainConfig(ModelConfig):
     seed: int = 1337  # of the initial weights, the order of the data, the samples
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay fp32; auto measures
-    float32_matmul_precision: Literal["auto", "highest", "medium"] = "auto"  # torch's; on a CPU: MKL or oneDNN
+    float32_matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # torch's; CPU: MKL, -, oneDNN
     compile: bool = False  # torch.compile each block: slower to start, faster to run
     activation_checkpointing: bool = False  # store only each block's input, recompute the rest in backward
+    shard: bool = False  # with torchrun: divide weights, gradients and moments among the processes (FSDP2)
 
     LIMITS: ClassVar = ModelConfig.LIMITS | {
         "batch_size": (1, 2**24), "block_size": (1, 2**24), "gradient_accumulation_steps": (1, 2**24),
@@ -122,16 +123,16 @@ def saved_settings(config):
     return {name: value for name, value in saved.items() if name in known} | {"out_dir": config.out_dir}
 
 
-def resolve(config, device, world_size):
+def resolve(config, device, world_size, say):
     """The settings with "auto" resolved by measuring, once, so that a resume computes the same way."""
     sequences = config.batch_size * config.gradient_accumulation_steps
     if sequences % world_size:
         sys.exit(
             f"error: batch_size x gradient_accumulation_steps is {sequences}, not divisible by {world_size} processes"
         )
-    matmul = [pick_matmul(config.dtype, config.float32_matmul_precision, device)]
+    matmul = [pick_matmul(config.dtype, config.float32_matmul_precision, device, say)]
     if world_size > 1:
-        dist.broadcast_object_list(matmul)  # two processes may measure different things
+        dist.broadcast_object_list(matmul, device="cpu")  # two processes may measure different things
     device = device.split(":")[0] if config.device == "auto" else config.device
     return replace(config, device=device, dtype=matmul[0][0], float32_matmul_precision=matmul[0][1])
 
@@ -141,7 +142,7 @@ def build_model(config, device, source):
     torch.manual_seed(config.seed)
     model = load_network(source, config) if source else SmolLM2(config)
     model.activation_checkpointing = config.activation_checkpointing
-    return model.to(device)
+    return shard(model, config.dtype, device) if config.shard and dist.is_initialized() else model.to(device)
 
 
 def train(config):
@@ -152,9 +153,9 @@ def train(config):
     say = printer(bar) if rank == 0 else lambda text: None
 
     # ---- Settings and data
-    config = resolve(config, device, world_size)
+    config = resolve(config, device, world_size, say)
     torch.set_float32_matmul_precision(config.float32_matmul_precision)
-    keep_memory()
+    keep_memory(not config.shard)
     train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size, config.data_dir)
     data_sha256 = {split: meta[split]["sha256"] + meta[split].get("mask_sha256", "") for split in ("train", "val")}
     tokenizer = dict(official=meta.get("tokenizer", "base"), sha256=meta.get("tokenizer_sha256"))
@@ -177,23 +178,15 @@ def train(config):
         model = build_model(config, device, source=None)
         optimizer, scheduler = build_optimizer(model, config)
         check_state(ckpt_path, checkpoint, model, optimizer)
+        checkpoint = to_parts(checkpoint, model, optimizer)
         model.load_state_dict(checkpoint["model"])
         load_optimizer(optimizer, scheduler, checkpoint, config)
         tokenizer["chat"] = checkpoint["tokenizer"].get("chat", False)
         resumed_at = iter_num
-        if iter_num < config.max_iters:
-            say(f"resuming at iteration {iter_num + 1}, from {ckpt_path}")
-        else:
-            say(f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat")
-            say(f"for more: python train.py --init_from=resume --out_dir={out_dir} --max_iters={iter_num + 50}")
-        for line in differences(saved, asdict(config)):
-            say(f"    {line}")
-        for name, count in checkpoint["machine"].items():
-            if count != machine.get(name):
-                say(f"note: {machine.get(name)} {name}, {count} before: the run continues, but its bits may differ")
+        say(resuming(ckpt_path, checkpoint, config.max_iters, differences(saved, asdict(config)), machine))
         del checkpoint  # a second set of weights and moments need not stay in memory
     else:
-        keep_or_overwrite(out_dir, config.overwrite)
+        keep_or_overwrite(out_dir, config.overwrite, rank)
         source = None if config.init_from == "scratch" else find_weights(config.init_from)
         say(source.about if source else f"a new network, from seed {config.seed}")
         tokenizer["chat"] = "block_size" in meta or bool(source and source.chat_template)  # how exports end a text
@@ -209,14 +202,19 @@ def train(config):
         model.zero_grad(set_to_none=True)
 
     if config.compile:
-        config = replace(config, compile=try_compiling(model, try_step, say))
-    network = DistributedDataParallel(model, forward_sync_buffers=False) if world_size > 1 else model
+        config = replace(
+            config, compile=try_compiling(model, try_step, say, whole="cuda" in device and world_size == 1)
+        )
+    network = model if world_size == 1 or config.shard else data_parallel(model)
 
     def get_batch(data, split_number, first, count):
         x, y = get_blocks(data.ids, first, count, config.block_size, mix(config.seed, split_number), data.mask)
-        if "cuda" in device:  # from pinned memory, the copy runs while the GPU computes
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return to_device(x, device), to_device(y, device)
+
+    def train_batch(i):
+        """This process's slice of batch i: a pure function of i, so nothing is skipped or read twice."""
+        count = sequences // world_size
+        return get_batch(train_data, 0, i * sequences + rank * count, count)
 
     def count_tokens(y):
         """How many of the targets carry a loss: a float, on the device."""
@@ -226,10 +224,10 @@ def train(config):
     def evaluate():
         """Mean loss per token over eval_iters batches of val.bin, the same ones every time."""
         total = torch.zeros(2, device=device)  # nats, tokens
-        for i in range(rank, config.eval_iters, world_size):
+        for i in range(rank, config.eval_iters + rank, world_size):  # as often in every process: sharded, all take part
             x, y = get_batch(val_data, 1, i * config.batch_size, config.batch_size)
             with autocast(device, config.dtype):
-                n = count_tokens(y)
+                n = count_tokens(y) * (i < config.eval_iters)
                 total += torch.stack((model(x, y) * n, n))
         if world_size > 1:
             dist.all_reduce(total)
@@ -248,14 +246,17 @@ def train(config):
     def save(name, **state):
         checkpoint = dict(model=model.state_dict(), iter_num=iter_num, best_val_loss=best_val_loss)
         checkpoint |= dict(config=asdict(config), data=data_sha256, tokenizer=tokenizer, machine=machine)
-        write_checkpoint(out_dir / name, checkpoint | state)
+        checkpoint = to_whole(checkpoint | state)  # in all processes together
+        if rank == 0:
+            sync_log()
+            write_checkpoint(out_dir / name, checkpoint)
 
     # ---- The log, and before its first line what is about to happen
     sequences = config.batch_size * config.gradient_accumulation_steps  # per iteration, in all processes together
+    encoding = load_tokenizer(tokenizer["official"], tokenizer["sha256"]) if config.sample_interval else None
+    if encoding and len(encode(encoding, config.sample_prompt)) > config.max_position_embeddings:
+        sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
     if rank == 0:
-        encoding = load_tokenizer(tokenizer["official"], tokenizer["sha256"]) if config.sample_interval else None
-        if encoding and len(encode(encoding, config.sample_prompt)) > config.max_position_embeddings:
-            sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
         track = open_tracker(config.tracker, out_dir, iter_num, asdict(config), say)
         log, sync_log = open_log(log_path, iter_num, config.log_interval, say, track)
     say(opening(config, meta, model, iter_num, world_size))
@@ -263,7 +264,7 @@ def train(config):
     # ---- The loop
     stop_signals = note_signals()  # from here on, Ctrl-C and SIGTERM stop the run after the iteration, with a save
     bar.n = iter_num
-    seconds, last_logged = 0.0, iter_num
+    seconds, last_logged, batch = 0.0, iter_num, train_batch(iter_num)
     while True:
         # evaluate on val.bin, and keep the best weights if asked to
         done = iter_num >= config.max_iters
@@ -276,39 +277,38 @@ def train(config):
             if rank == 0:
                 log(iter=iter_num, val_loss=val_loss)
                 plot_log(log_path, out_dir / "loss.png", say)
-                if best and config.save_best:
-                    save("best.pt")
-        if rank == 0 and config.sample_interval and (iter_num % config.sample_interval == 0 or done):
+            if best and config.save_best:
+                save("best.pt")
+        if config.sample_interval and (iter_num % config.sample_interval == 0 or done):
             say(f"iter {iter_num:6d} | sample: {sample()}")
         if done:
             break
 
-        # this process's slice of the batch: a pure function of iter_num, so nothing is skipped or read twice
         start = time.perf_counter()
-        count = sequences // world_size
-        x, y = get_batch(train_data, 0, iter_num * sequences + rank * count, count)
+        x, y = batch
         tokens = count_tokens(y)
         if world_size > 1:
             dist.all_reduce(tokens)
         # forward and backward, one micro-batch at a time, as many as add up to the batch
         loss = torch.zeros((), device=device)
-        for i in range(0, count, config.batch_size):
+        for i in range(0, len(x), config.batch_size):
             # its part of the mean over all tokens; times world_size, because processes average their gradients
             share = count_tokens(y[i : i + config.batch_size]) * world_size / tokens
-            last = i + config.batch_size >= count
+            last = i + config.batch_size >= len(x)
             # processes exchange gradients only once per iteration, during the last backward
-            with nullcontext() if world_size == 1 or last else network.no_sync():
+            with exchange_gradients(network, last):
                 with autocast(device, config.dtype):
                     part = network(x[i : i + config.batch_size], y[i : i + config.batch_size]) * share
                 part.backward()
             loss += part.detach()
         # clip the gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        grad_norm = clip_gradient(model, config.grad_clip)
+        batch = train_batch(iter_num + 1)  # while a GPU still computes
         # all processes must agree on the loss, and on whether this iteration is the last
-        told = torch.stack((loss, loss.new_tensor(float(len(stop_signals)))))
+        told = torch.stack((loss / world_size, torch.full_like(loss, len(stop_signals))))
         if world_size > 1:
             dist.all_reduce(told)
-        loss, stopping = told[0].item() / world_size, told[1].item() > 0
+        loss, stopping, grad_norm = torch.cat((told, grad_norm[None])).tolist()  # the only wait for a GPU
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             kept = f"{ckpt_path} is untouched" if ckpt_path.exists() else "nothing was saved yet"
             sys.exit(
@@ -328,19 +328,19 @@ def train(config):
         if iter_num % config.log_interval == 0 or iter_num == config.max_iters or stopping:
             ms = 1e3 * seconds / (iter_num - last_logged)
             tok_per_s = 1e3 * sequences * config.block_size / ms
+            of_peak = mfu(model, config.block_size, tok_per_s / world_size, device)  # None where that is not known
             eta = timedelta(seconds=round((config.max_iters - iter_num) * ms / 1e3))
             say(
                 f"iter {iter_num:6d} | loss {loss:7.4f} | lr {lr:.3e} | norm {grad_norm:7.4f} | {ms:7.1f} ms | "
-                f"{tok_per_s:7,.0f} tok/s | eta {eta}"
+                f"{tok_per_s:7,.0f} tok/s | {f'{of_peak:.1%} MFU | ' if of_peak else ''}eta {eta}"
             )
             if rank == 0 and iter_num % config.log_interval == 0:
-                row = dict(loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=round(ms, 1), tok_per_s=round(tok_per_s))
+                row = dict(loss=loss, lr=lr, grad_norm=grad_norm, ms=round(ms, 1), tok_per_s=round(tok_per_s))
                 log(iter=iter_num, **row)
             seconds, last_logged = 0.0, iter_num
 
         # save before evaluating, because an evaluation may run out of memory
-        if rank == 0 and (iter_num % config.eval_interval == 0 or iter_num == config.max_iters or stopping):
-            sync_log()
+        if iter_num % config.eval_interval == 0 or iter_num == config.max_iters or stopping:
             save("ckpt.pt", optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
         if stopping:
             break

@@ -20,11 +20,12 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import configure  # noqa: E402
 from lib.config_file import read_config_file  # noqa: E402
+from lib.machine import BF16_TFLOPS, flops_per_token  # noqa: E402
 from model import PRESETS, SmolLM2  # noqa: E402
 
 T = 2_048  # tokens per sequence in the published recipes
 CARDS = [(80, False), (80, True), (40, False), (40, True), (24, False), (24, True)]  # GB, activation checkpointing
-WAYS = [("one process", 1, False), ("data parallel", 8, False), ("sharded by 8", 8, True), ("sharded by 64", 64, True)]
+WAYS = [("not sharded", 1, False), ("sharded by 8", 8, True), ("sharded by 64", 64, True)]
 NODES = "--nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node0:29500"
 LAUNCH = {1: "python", 8: "torchrun --standalone --nproc_per_node=8", 64: f"torchrun {NODES}"}  # by number of GPUs
 
@@ -34,8 +35,8 @@ class ScaleConfig:
     """What to start on 1, 8 and 64 GPUs: memory, speed, time and money, by arithmetic."""
 
     mfu: float = 0.40  # share of the peak that training reaches: an assumption until it is measured
-    h100_tflops: float = 989.0  # dense bf16 peak of an H100 SXM
-    a100_tflops: float = 312.0  # dense bf16 peak of an A100
+    h100_tflops: float = BF16_TFLOPS["NVIDIA H100 80GB HBM3"]  # dense bf16 peak of an H100 SXM
+    a100_tflops: float = BF16_TFLOPS["NVIDIA A100-SXM4-80GB"]  # dense bf16 peak of an A100
     h100_price: float = 2.50  # dollars per GPU hour: an assumption
     a100_price: float = 1.30  # dollars per GPU hour: an assumption
     nvlink: float = 450.0  # GB/s in each direction per GPU, between the 8 GPUs of a node
@@ -58,11 +59,6 @@ def parameters(net):
     return embedding + net.num_hidden_layers * block + norm, embedding, block
 
 
-def flops_per_token(net):
-    """FLOPs of forward and backward: (products with the weights, the causal half of attention's)."""
-    return 6 * parameters(net)[0], 12 * net.num_hidden_layers * net.num_attention_heads * net.head_dim * T // 2
-
-
 def saved_per_token(net):
     """Bytes per token that one compiled block saves for backward; 2 per number in bf16, 4 in fp32."""
     C, H, D, I = net.hidden_size, net.num_attention_heads, net.head_dim, net.intermediate_size  # noqa: E741
@@ -79,8 +75,8 @@ def memory(s, net, B, R, shard, checkpointing=False, passes=1):
         "weights": 4 * N / parts,
         "gradients": 4 * N if passes > 1 else 4 * N / parts,  # sharding keeps a sum over several passes whole
         "AdamW": 8 * N / parts,
-        # sharded: the embedding, two blocks and their gradients in bf16; else all weights in bf16, and DDP's buckets
-        "copies": 4 * (embedding + 2 * block) if shard else 2 * N + (4 * N if R > 1 else 0),
+        # sharded: the embedding in fp32, two blocks and their gradients in bf16; else all weights in bf16
+        "copies": 4 * (embedding + 2 * block) if shard else 2 * N,
         # checkpointing: every block's input, and one block recomputed; 12 C around the last norm, in fp32
         "activations": B * T * ((4 * C * L + saved if checkpointing else saved * L) + 12 * C),
         "logits": 6 * min(s.chunk, B * T) * net.vocab_size + 4 * embedding,  # bf16 and fp32; the head's gradient
@@ -105,7 +101,7 @@ def tables(s):
     """All tables as text, in the order of docs/scale.md."""
     counted, parts, largest, commands, money, ms = [], [], [], [], [], []
     for name, net in PRESETS.items():
-        N, (weights, attention) = parameters(net)[0], flops_per_token(net)
+        N, (weights, attention) = parameters(net)[0], flops_per_token(net, parameters(net)[0], T)
         h100, a100 = (s.mfu * peak * 1e12 / (weights + attention) for peak in (s.h100_tflops, s.a100_tflops))
         flops = [f"{x / 1e9:.2f}" for x in (weights, attention, weights + attention)]
         counted.append([name, f"{N:,}", *flops, f"{h100:,.0f}", f"{a100:,.0f}"])

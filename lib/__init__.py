@@ -10,6 +10,7 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     terminal     a prompt from a file or a pipe; a conversation
     machine      device, dtype, matmul precision, memory, torch.compile
     processes    one process or torchrun's, and the signals that stop them
+    parallel     several processes, one network: data parallel or sharded
     optimizer    AdamW, Muon and the learning-rate schedule
     checkpoint   ckpt.pt, its keys and versions
     log          log.csv, loss.png, the closing summary

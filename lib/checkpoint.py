@@ -210,12 +210,13 @@ def check_tensors(path, checkpoint):
             sys.exit(f"error: {path}: {name} is damaged, its checksum differs: take an earlier copy, or train again")
 
 
-def keep_or_overwrite(out_dir, overwrite):
-    """Before a new run: end the program with one line if out_dir holds an earlier one, or remove that if told to."""
+def keep_or_overwrite(out_dir, overwrite, rank=0):
+    """Before a new run: end the program with one line if out_dir holds an earlier one, or, if told to, remove that."""
     if (out_dir / "ckpt.pt").exists() and not overwrite:
         sys.exit(
             f"error: {out_dir}/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir={out_dir}; "
             "to start over and lose it, --overwrite=True; to keep it, another --out_dir"
         )
-    for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"):
+    # rank 0 alone, because another may arrive here after rank 0 has opened the new log
+    for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png") if rank == 0 else ():
         (out_dir / name).unlink(missing_ok=True)

@@ -34,17 +34,35 @@ def opening(config, meta, model, iter_num, world_size):
     tokens = sequences * config.block_size
     epochs = tokens * config.max_iters / meta["train"]["tokens"]
     next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
+    sharded = f", {'sharded' if world_size > 1 else 'nothing to shard'}" if config.shard else ""
     lines = [
         f"network     {parameters:,} parameters, {config.num_hidden_layers} blocks of {config.hidden_size}",
         f"data        {config.dataset}: {meta['train']['tokens']:,} tokens to train on, {meta['val']['tokens']:,} to "
         "evaluate",
         f"iteration   {sequences} sequences x {config.block_size} = {tokens:,} tokens; {config.max_iters:,} iterations "
         f"= {epochs:.2f} epochs",
-        f"machine     {config.device} x {world_size}, {torch.get_num_threads()} threads, {config.dtype} "
+        f"machine     {config.device} x {world_size}{sharded}, {torch.get_num_threads()} threads, {config.dtype} "
         f"(fp32 products: {config.float32_matmul_precision}), {'compiled' if config.compile else 'eager'}",
         f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}, then every {config.eval_interval}, "
         "at the last one, and on Ctrl-C",
     ]
+    return "\n".join(lines)
+
+
+def resuming(ckpt_path, checkpoint, max_iters, differences, machine):
+    """What a resume continues from, and what differs from before: settings, as lines, and the counts in `machine`."""
+    iter_num = checkpoint["iter_num"]
+    lines = [f"resuming at iteration {iter_num + 1}, from {ckpt_path}"]
+    if iter_num >= max_iters:
+        more = f"python train.py --init_from=resume --out_dir={ckpt_path.parent} --max_iters={iter_num + 50}"
+        lines = [
+            f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat"
+        ]
+        lines += [f"for more: {more}"]
+    lines += [f"    {line}" for line in differences]
+    for name, count in checkpoint["machine"].items():
+        if count != machine.get(name):
+            lines += [f"note: {machine.get(name)} {name}, {count} before: the run continues, but its bits may differ"]
     return "\n".join(lines)
 
 

@@ -26,26 +26,31 @@ def pick_device(device, local_rank=0):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        sys.exit(f"error: device {device} cannot be used ({str(error).splitlines()[0]}): try --device=auto")
+        way_out = f"start {torch.cuda.device_count()} processes on this machine" if local_rank else "try --device=auto"
+        sys.exit(f"error: device {device} cannot be used ({str(error).splitlines()[0]}): {way_out}")
     return device
 
 
-def pick_matmul(dtype, precision, device):
+def pick_matmul(dtype, precision, device, say=print):
     """
     How to multiply matrices: `dtype`, "float32" or "bfloat16" (weights stay fp32), and `precision`, torch's
-    float32_matmul_precision. On a CPU, "highest" and "medium" select two libraries, MKL and oneDNN.
+    float32_matmul_precision. On a CPU, "highest" and "medium" select two libraries, MKL and oneDNN. On an NVIDIA GPU,
+    "high" is TF32.
 
     "auto" asks a GPU for what it supports and times a CPU (0.2 s): on one CPU bf16 is three times faster than fp32, on
     another eight times slower. "medium" is chosen only if its results are fp32's up to rounding.
     """
-    gpu_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    if dtype == "bfloat16" and device.startswith("cuda") and not gpu_bf16:
-        sys.exit(f"error: {device} does not do bfloat16: use --dtype=float32")
+    if device.startswith("cuda"):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 or V100 only emulates it, slowly
+        if dtype == "bfloat16" and not bf16:
+            sys.exit(f"error: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware: use --dtype=float32")
+        if dtype == "auto" and not bf16:
+            say(f"note: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware: float32 is used")
+        return dtype.replace("auto", "bfloat16" if bf16 else "float32"), precision.replace("auto", "high")
     if device != "cpu":
-        dtype = dtype.replace("auto", "bfloat16" if gpu_bf16 else "float32")
-        return dtype, precision.replace("auto", "highest")
+        return dtype.replace("auto", "float32"), precision.replace("auto", "highest")
 
-    ways = [(name, of) for name, of in (("float32", "highest"), ("float32", "medium")) if precision in ("auto", of)]
+    ways = [("float32", of) for of in (("highest", "medium") if precision == "auto" else (precision,))]
     ways = [way for way in [*ways, ("bfloat16", "highest")] if dtype in ("auto", way[0])]
     if len(ways) == 1:
         return ways[0]
@@ -72,22 +77,51 @@ def autocast(device, dtype):
     return torch.autocast(device.split(":")[0], torch.bfloat16)
 
 
-def keep_memory():
+def keep_memory(keep=True):
     """
     Make malloc keep freed memory for the next iteration. By default glibc returns large blocks to the system, which
-    zeroes their pages before it hands them out again: a quarter of an iteration's time. No effect outside Linux with
-    glibc.
+    zeroes their pages before it hands them out again: a quarter of an iteration's time. keep=False returns them all,
+    because gathered weights come and go, and the holes they leave in a heap double its size. No effect outside Linux
+    with glibc.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt") and keep:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate no block as a mapping of its own,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink the heap
+    elif hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: every block above 64 kB is a mapping of its own
+
+
+def to_device(tensor, device):
+    """The tensor on `device`. From pinned memory, the copy to a GPU runs while the CPU goes on."""
+    if device.startswith("cuda"):
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+BF16_TFLOPS = {  # dense, as NVIDIA publishes it, by the name that torch.cuda.get_device_name() gives
+    "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0, "NVIDIA L40S": 362.0,
+    "NVIDIA GeForce RTX 4090": 165.0,
+}  # fmt: skip
+
+
+def flops_per_token(config, N, T):
+    """FLOPs of forward and backward: (products with N weights, the causal half of attention's in sequences of T)."""
+    return 6 * N, 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * T // 2
+
+
+def mfu(model, T, tok_per_s, device):
+    """Model FLOPs utilisation: the share of the card's bf16 peak that training reaches. None for cards not listed."""
+    peak = BF16_TFLOPS.get(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
+    N = sum(p.numel() for p in model.parameters())
+    return peak and tok_per_s * sum(flops_per_token(model.config, N, T)) / (peak * 1e12)
 
 
 def peak_memory(device):
     """Peak memory of this process in GB: allocated on a GPU, resident otherwise. NaN on Windows."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":  # it has no such count without another package
         return math.nan
     import resource
@@ -96,18 +130,18 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def try_compiling(model, use, say):
+def try_compiling(model, use, say, whole=False):
     """
-    model.compile(), then `use()` to see whether it works. If not (no C++ compiler, for example), say so in one line and
-    restore the eager model. Returns whether the model is compiled.
+    model.compile(whole), then `use()` to see whether it works. If not (no C++ compiler, for example), say so in one
+    line and restore the eager model. Returns whether the model is compiled.
     """
-    model.compile()
+    model.compile(whole)
     try:
         use()
     except Exception as error:  # a compiler can fail in many ways
         say(f"compile     not possible here ({type(error).__name__}: {str(error).splitlines()[0]}): eager instead")
-        for block in model.model.layers:
-            block._compiled_call_impl = None
-        del model.head  # the compiled one; the class's own method shows again
+        for module in (model, *model.model.layers):
+            module._compiled_call_impl = None
+        vars(model).pop("head", None)  # the compiled one; the class's own method shows again
         return False
     return True

@@ -12,17 +12,26 @@ import signal
 import sys
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from lib.machine import pick_device
 
 
 def start_processes(device):
-    """(rank, world_size, device of this process). With torchrun, joins the group: NCCL on GPUs, gloo on CPUs."""
+    """
+    (rank, world_size, device of this process). With torchrun, each process takes a GPU and joins the group, in which
+    tensors on GPUs travel over NCCL, tensors on the CPU and objects over gloo.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and device.startswith("cuda:"):
+        sys.exit(f"error: {device} is one GPU, and {world_size} processes need one each: use --device=cuda")
     device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # before the group starts, or NCCL would put every process on cuda:0
     if world_size > 1:
-        dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return rank, world_size, device
 
 

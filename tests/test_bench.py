@@ -1,5 +1,6 @@
 """bench.py: its table, its JSON, and that its competitors are the same network. Not its timings."""
 
+import inspect
 import json
 
 import pytest
@@ -27,6 +28,27 @@ def test_ratios_are_of_medians(capsys):
     assert table.rows["x"] == dict(
         unit="s", ours=2, peer=4, limit=1, ratio=0.5, share=2.0, spread=dict(ours=[1, 9], peer=[4, 4], limit=[1, 1])
     )
+
+
+def test_the_rows_of_a_gpu(capsys, monkeypatch):
+    """An H100 at the 388,061 tokens per second of docs/scale.md: 40 % of its peak, at T = 2,048."""
+    measured = []
+
+    def in_turn(repeats, **competitors):
+        measured.extend(competitors.values())
+        return {who: dict(tok_per_s=[388_061], memory=[9.0], reads_per_s=[9_000]) for who in competitors}
+
+    monkeypatch.setattr(bench, "in_turn", in_turn)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    bench.main(configure(BenchConfig, ["--rows=train,decode", "--quick"]))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert found["gpu_mfu_b8_t2048"]["ours"] == pytest.approx(40.0, abs=1e-3)
+    assert found["gpu_decode_b64"]["limit"] == 64 * 9_000
+    gpu = {name for name in found if name.startswith("gpu_")}
+    assert gpu >= {"gpu_train_b16_t1024", "gpu_train_b8_t2048", "gpu_memory_b16_t1024", "gpu_decode_b1"}
+    for function, *arguments in measured:
+        inspect.signature(function).bind(*arguments)
 
 
 def test_ours_and_the_peer_are_the_same_network():

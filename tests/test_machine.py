@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.machine import pick_device, pick_matmul
+from lib import processes
+from lib.machine import mfu, pick_device, pick_matmul
 from model import ModelConfig, SmolLM2
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize("precision", ["auto", "highest", "medium"])
+@pytest.mark.parametrize("precision", ["auto", "highest", "high", "medium"])
 def test_what_is_asked_for_is_taken(dtype, precision):
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest" if precision == "high" else "high")
+    before = torch.get_float32_matmul_precision()
     picked = pick_matmul(dtype, precision, "cpu")
     assert picked[0] == dtype or dtype == "auto" and picked[0] in ("float32", "bfloat16")
     if picked[0] == "float32":
         assert picked[1] == precision or precision == "auto" and picked[1] in ("highest", "medium")
-    assert torch.get_float32_matmul_precision() == "high"  # asking changes nothing
+    assert torch.get_float32_matmul_precision() == before  # asking changes nothing
 
 
 def test_picked_fp32_is_fp32_to_rounding():
@@ -54,6 +56,60 @@ def test_a_device_that_is_not_there(capsys):
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit, match=r"^error: device cuda:0 cannot be used \(.*\): try --device=auto$"):
         pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, hardware, picked",
+    [
+        ("auto", "auto", True, ("bfloat16", "high")),
+        ("auto", "auto", False, ("float32", "high")),
+        ("float32", "highest", True, ("float32", "highest")),
+        ("bfloat16", "auto", False, None),
+    ],
+)
+def test_a_gpu_multiplies_in_what_its_hardware_has(dtype, precision, hardware, picked, monkeypatch):
+    """A T4 emulates bf16, and says that it supports it unless it is asked for the hardware."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    said = []
+    if picked is None:
+        with pytest.raises(SystemExit, match=r"^error: Tesla T4 has no bfloat16 in hardware: use --dtype=float32$"):
+            pick_matmul(dtype, precision, "cuda:0", said.append)
+    else:
+        assert pick_matmul(dtype, precision, "cuda:0", said.append) == picked
+    told = ["note: Tesla T4 has no bfloat16 in hardware: float32 is used"]
+    assert said == (told if (dtype, hardware) == ("auto", False) else [])
+
+
+def test_every_process_takes_its_gpu_before_the_group_starts(monkeypatch):
+    """Gradients travel over NCCL, objects over gloo. One named GPU is not for several processes."""
+    done = []
+    monkeypatch.setattr(processes, "pick_device", lambda device, local_rank: f"cuda:{local_rank}")
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: done.append(backend))
+    for name, value in dict(RANK="9", LOCAL_RANK="1", WORLD_SIZE="16").items():
+        monkeypatch.setenv(name, value)
+    assert processes.start_processes("auto") == (9, 16, "cuda:1")
+    assert done == ["cuda:1", "cpu:gloo,cuda:nccl"]
+    with pytest.raises(
+        SystemExit, match="^error: cuda:1 is one GPU, and 16 processes need one each: use --device=cuda$"
+    ):
+        processes.start_processes("cuda:1")
+
+
+def test_mfu(monkeypatch):
+    """A token costs 1.02 GFLOP at T = 2,048 (docs/scale.md): 40 % of an H100 are 388,061 of them in a second."""
+    with torch.device("meta"):
+        network = SmolLM2(ModelConfig())
+    for name, share in (("NVIDIA H100 80GB HBM3", 0.4), ("NVIDIA A100 80GB PCIe", 0.4 * 989 / 312)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert mfu(network, 2_048, 388_061, "cuda:0") == pytest.approx(share, rel=1e-5)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe"
+    )  # slower, and not in the table
+    assert mfu(network, 2_048, 388_061, "cuda:0") is None and mfu(network, 2_048, 388_061, "cpu") is None
 
 
 def test_activation_checkpointing_changes_memory_and_nothing_else():

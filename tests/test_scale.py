@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure
 from export import ExportConfig
+from lib.machine import flops_per_token
 from model import PRESETS, ModelConfig, SmolLM2
 from train import TrainConfig
 
@@ -41,7 +42,7 @@ def test_flops_are_those_that_torch_counts(name):
         model(idx).sum().backward()
     counted = {str(op): flops / scale.T for op, flops in counter.get_flop_counts()["Global"].items()}
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # 6 N counts them too: no product, and few
-    weights, attention = scale.flops_per_token(net)
+    weights, attention = flops_per_token(net, scale.parameters(net)[0], scale.T)
     assert counted == {"aten.mm": weights - 6 * norms, "aten.bmm": 2 * attention}  # bmm has the masked half as well
 
 
@@ -57,7 +58,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = [word for word in shlex.split(command) if word != "--shard=True"]  # until train.py has it
+    words = shlex.split(command)
     script = next(word for word in words if word in SCRIPTS)
     config = configure(SCRIPTS[script], words[words.index(script) + 1 :])
     if "config/" in command:  # the recipe's own batch, which the processes can share

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,9 +231,8 @@ def test_looking_does_not_disturb(place):
 def test_torchrun(place):
     """Two processes: straight equals resumed to the bit, and one process to 1e-5."""
     assert run("--out_dir=one") == 0
-    torchrun("--out_dir=a")
-    torchrun("--out_dir=b", "--max_iters=5")
-    torchrun("--out_dir=b", *RESUME)
+    two = [*TINY, "--dataset=text"]
+    several(place, [*two, "--out_dir=a"], [*two, "--out_dir=b", "--max_iters=5"], ["--out_dir=b", *RESUME])
     assert_same("a", "b")
     one, two = load("one")["model"], load("a")["model"]
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
@@ -274,6 +274,70 @@ def test_one_of_two_processes_is_killed(place):
     ours = process.stderr[: process.stderr.index("torch/distributed/run.py")]  # the rest is torchrun's own report
     assert "train.py" not in ours
     assert load("b")["iter_num"] == 4
+
+
+def test_sharded(place):
+    """
+    Two processes that keep half of everything: the losses of two that keep copies; straight equals resumed to the bit;
+    a checkpoint goes to one process and back; by Muon, and with the rest of what needs all processes, too.
+    """
+    passes = ["--batch_size=2", "--gradient_accumulation_steps=4"]  # two in each process
+    two = [*TINY, "--dataset=text", *passes, "--eval_interval=6", "--eval_iters=3", "--shard=True"]
+    rest = ["--sample_interval=3", "--sample_tokens=3", "--save_best=True", "--activation_checkpointing=True"]
+    muon = ["--optimizer=muon", "--max_iters=4"]
+    several(
+        place,
+        [*two, "--out_dir=copies", "--shard=False"],
+        [*two, "--out_dir=a"],
+        [*two, "--out_dir=b", "--max_iters=5", *rest],
+        [*two, "--out_dir=m", *muon],
+        [*two, "--out_dir=n", *muon, "--max_iters=2"],
+    )
+    shutil.copytree("b", "c")
+    assert run("--out_dir=c", "--init_from=resume", "--max_iters=8", "--sample_interval=0") == 0  # one process
+    several(
+        place,
+        ["--out_dir=b", *RESUME],
+        ["--out_dir=c", *RESUME],
+        ["--out_dir=n", "--init_from=resume", "--max_iters=4"],
+    )
+    flags = ("sample_interval", "sample_tokens", "save_best", "activation_checkpointing")
+    assert_same("a", "b", ignore=(*(f"/config/{name}" for name in ("out_dir", *flags)), "/checksums/values"))
+    assert_same("m", "n")
+    assert flat(load("a")).keys() == flat(load("copies")).keys()
+    for other in ("copies", "c"):
+        for row, expected in zip(rows("a")[1:], rows(other)[1:], strict=True):
+            losses = ([float(x or 0) for x in (r[1], r[4])] for r in (row, expected))
+            assert next(losses) == pytest.approx(next(losses), rel=1e-6)
+    best, ours = torch.load("b/best.pt", weights_only=True), load("a")["model"]
+    assert {name: t.shape for name, t in best["model"].items()} == {name: t.shape for name, t in ours.items()}
+
+
+def several(place, *argvs):
+    """Runs of train.py one after another in the same two processes, which spares the start of Python and torch."""
+    (place / "several.py").write_text(SEVERAL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [sys.executable, *launcher, str(place / "several.py"), str(ROOT), json.dumps(argvs)]
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+SEVERAL = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+import train
+init = dist.init_process_group
+for number, argv in enumerate(json.loads(sys.argv[2])):
+    meeting = f"file://{os.getcwd()}/{os.environ['TORCHELASTIC_RUN_ID']}.{number}"
+    ranks = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group = lambda backend, timeout: init(backend, init_method=meeting, timeout=timeout, **ranks)
+    try:
+        train.main(train.configure(train.TrainConfig, argv, saved=train.saved_settings))
+    except SystemExit as stop:
+        if stop.code != 0:
+            raise
+"""
 
 
 KILLED_IN_ITERATION = """
