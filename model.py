@@ -117,20 +117,20 @@ def rotate(x, cos, sin):
 def attend(q, k, v):
     """
     Causal attention: softmax(q k^T / sqrt(D)) v, with q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
-    Query head h uses key/value head h // (H/K). T is S, or T is 1 and the query is the newest position.
+    Query head h uses key/value head h // (H/K). The queries are those of the newest T of the S positions.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T > 512:
+    if T > 512 or T > 1 and q.device.type != "cpu":
         return attend_long(q, k, v)
     if T == 1 and torch.compiler.is_compiling():
         return attend_one(q, k, v)
     q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the query heads of a group, one after another
-    scores = (q @ k.transpose(-2, -1)).float().view(B, K, H // K, T, S)
+    scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
     if T > 1:
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)
+        position = torch.arange(S, device=q.device)
+        scores = torch.where(position[S - T :, None] >= position, scores, -torch.inf)
+    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)  # the softmax itself computes in fp32
     return (weights @ v).view(B, H, T, D)
 
 
@@ -368,8 +368,16 @@ def linear(x, weight):
 
 
 def attend_long(q, k, v):
-    """Flash attention: attend() without storing the (T, T) scores. Faster only for long sequences."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    """attend() for long sequences, and on GPUs: without storing the (T, T) scores."""
+    training = q.requires_grad and torch.compiler.is_compiling()
+    if training and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # 512 queries at a time, with the keys up to theirs; backward makes their weights again, to save memory
+        ends = range(512, q.shape[2] + 512, 512)
+        parts = [(q[:, :, end - 512 : end], k[:, :, :end], v[:, :, :end]) for end in ends]
+        return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in parts], dim=2)
+    if q.device.type != "cpu" and q.dtype != torch.bfloat16:  # only the slowest kernel takes grouped queries then
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_one(q, k, v):

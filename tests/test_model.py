@@ -396,6 +396,20 @@ def test_compiled_training_is_eager_training():
         assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [64, 1_100])  # in one piece; in two whole chunks and a rest, weights made again
+def test_compiled_attention_in_bf16_is_that_of_torch(T):
+    """Values and gradients, in one graph: to the rounding of bf16, which torch's own way differs by as well."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v, grad = (torch.randn(2, heads, T, 16, generator=generator) for heads in (6, 2, 2, 6))
+    inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    y = torch.compile(model_py.attend, backend="aot_eager", fullgraph=True)(*inputs)
+    found = (y, *torch.autograd.grad(y, inputs, grad.bfloat16()))
+    for a, b in zip(found, (expected, *torch.autograd.grad(expected, exact, grad.double())), strict=True):
+        assert (a - b).norm() < 1e-2 * b.norm()
+
+
 def test_compiled_decoding_is_eager_decoding():
     """The compiled way has products of its own for one token; two rows take a library's."""
     torch.manual_seed(0)
