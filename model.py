@@ -199,6 +199,7 @@ class SmolLM2(nn.Module):
         )
         # The head is tied: logits = x @ embed_tokens.weight.T, so there is no lm_head.
         self.activation_checkpointing = False  # True: store only each block's input, recompute the rest in backward
+        self.compiled = False  # whether compile() was called
         cos, sin = rope_tables(config, config.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
@@ -245,13 +246,14 @@ class SmolLM2(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten())
+        return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten(), self.compiled)
 
     def compile(self):
         """torch.compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes."""
         for block in self.model.layers:
             block.compile()
         self.head = torch.compile(self.head)
+        self.compiled = True
 
     @torch.no_grad()
     def generate(
@@ -389,14 +391,24 @@ def attend_one(q, k, v):
     return (weights[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype).view(B, H, 1, D)
 
 
-def cross_entropy(x, head, targets):
+def cross_entropy(x, head, targets, compiled=False):
     """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,), -1 for none."""
-    kept = targets >= 0
-    if not kept.all():
-        x, targets = x[kept], targets[kept]  # what carries no loss needs no logits
-        if not len(x):
-            return x.float().sum()  # 0, with a gradient of 0
-    return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
+    if x.device.type == "cpu":  # a GPU would have to wait for the count
+        kept = targets >= 0
+        x, targets = (x, targets) if kept.all() else (x[kept], targets[kept])  # what carries no loss needs no logits
+    return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled(), compiled)
+
+
+def softmax_loss(logits, targets):
+    """The summed cross-entropy of logits (n, V), a scalar; its gradient, softmax - one-hot, takes the logits' place."""
+    kept, targets = targets[:, None] >= 0, targets[:, None].clamp(0)  # (n, 1) each
+    log_probs = logits.float().log_softmax(-1)
+    one_hot = torch.arange(logits.shape[1], device=logits.device) == targets
+    logits.copy_((log_probs.exp() - one_hot.float()) * kept)
+    return -(log_probs.gather(1, targets) * kept).sum()
+
+
+compiled_softmax_loss = torch.compile(softmax_loss)  # compiled when it is first called
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -407,41 +419,40 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     fp32.
     """
 
-    CHUNK = 512  # tokens per matrix product: 50 MB of logits in bf16, 100 in fp32
-    ROWS = 32  # tokens per softmax: 6 MB in fp32, so that its several passes find the rows still in the CPU's cache
+    CHUNK = {"cpu": 512}  # tokens per matrix product: 50 MB of logits in bf16, 100 in fp32
+    ROWS = (
+        32  # tokens per softmax on a CPU, where not compiled: 6 MB in fp32, so that its passes find them in the cache
+    )
 
     @staticmethod
-    def forward(ctx, x, head, targets, with_grad):
-        device, CHUNK, ROWS = x.device.type, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.ROWS
+    def forward(ctx, x, head, targets, with_grad, compiled):
+        device, loss_of = x.device.type, compiled_softmax_loss if compiled else softmax_loss
+        CHUNK = ChunkedCrossEntropy.CHUNK.get(device, 4_096)
+        ROWS = ChunkedCrossEntropy.ROWS if device == "cpu" and not compiled else CHUNK
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = head.to(dtype)
         loss = torch.zeros((), device=x.device)
-        dx, dw = torch.empty_like(x), None
+        dx, dw = torch.empty_like(x), torch.zeros_like(head) if with_grad and not len(x) else None
         for i in range(0, len(x), CHUNK):
             h = x[i : i + CHUNK].to(dtype)  # (n, C)
             logits = F.linear(h, w)  # (n, V)
-            t_chunk = targets[i : i + len(h), None]  # (n, 1)
-            for rows, t in zip(logits.split(ROWS), t_chunk.split(ROWS), strict=True):
-                log_probs = rows.float().log_softmax(-1)
-                at_target = log_probs.gather(1, t)
-                loss -= at_target.sum()
-                if with_grad:
-                    # d loss / d logits = softmax - one-hot(target), in the place of the logits; backward divides by N
-                    rows.copy_(log_probs.exp_().scatter_(1, t, at_target.exp() - 1))
+            for rows, t in zip(logits.split(ROWS), targets[i : i + len(h)].split(ROWS), strict=True):
+                loss += loss_of(rows, t)
             if with_grad:
                 dx[i : i + len(h)] = logits @ w
                 dw_chunk = logits.T @ h  # (V, C)
                 dw = dw_chunk.to(head.dtype) if dw is None else dw.add_(dw_chunk)
-            logits = rows = log_probs = dw_chunk = None  # freed before the next chunk
+            logits = rows = dw_chunk = None  # freed before the next chunk
+        count = (targets >= 0).sum().clamp(1)
         if with_grad:
-            ctx.save_for_backward(dx, dw)
-        return loss / len(x)
+            ctx.save_for_backward(dx, dw, count)
+        return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)
-        return dx.mul_(scale), dw.mul_(scale), None, None  # in place, so a second backward raises, as it should
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count
+        return dx.mul_(scale), dw.mul_(scale), None, None, None  # in place, so a second backward raises, as it should
 
 
 if __name__ == "__main__":

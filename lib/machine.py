@@ -109,5 +109,6 @@ def try_compiling(model, use, say):
         for block in model.model.layers:
             block._compiled_call_impl = None
         del model.head  # the compiled one; the class's own method shows again
+        model.compiled = False
         return False
     return True
