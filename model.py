@@ -400,12 +400,15 @@ def cross_entropy(x, head, targets, compiled=False):
 
 
 def softmax_loss(logits, targets):
-    """The summed cross-entropy of logits (n, V), a scalar; its gradient, softmax - one-hot, takes the logits' place."""
-    kept, targets = targets[:, None] >= 0, targets[:, None].clamp(0)  # (n, 1) each
+    """-log softmax at the targets: logits (n, V), targets (n, 1) -> (n, 1). Its gradient takes the logits' place."""
     log_probs = logits.float().log_softmax(-1)
-    one_hot = torch.arange(logits.shape[1], device=logits.device) == targets
-    logits.copy_((log_probs.exp() - one_hot.float()) * kept)
-    return -(log_probs.gather(1, targets) * kept).sum()
+    at_target = log_probs.gather(1, targets)
+    if torch.compiler.is_compiling():  # softmax - one-hot in one pass, where a scatter would be a second
+        one_hot = torch.arange(logits.shape[1], device=logits.device) == targets
+        logits.copy_(log_probs.exp() - one_hot.float())
+    else:
+        logits.copy_(log_probs.exp_().scatter_(1, targets, at_target.exp() - 1))
+    return -at_target
 
 
 compiled_softmax_loss = torch.compile(softmax_loss)  # compiled when it is first called
@@ -430,20 +433,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         CHUNK = ChunkedCrossEntropy.CHUNK.get(device, 4_096)
         ROWS = ChunkedCrossEntropy.ROWS if device == "cpu" and not compiled else CHUNK
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w = head.to(dtype)
+        w, kept, targets = head.to(dtype), targets[:, None] >= 0, targets[:, None].clamp(0)  # (V, C), (N, 1), (N, 1)
         loss = torch.zeros((), device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros_like(head) if with_grad and not len(x) else None
         for i in range(0, len(x), CHUNK):
             h = x[i : i + CHUNK].to(dtype)  # (n, C)
             logits = F.linear(h, w)  # (n, V)
-            for rows, t in zip(logits.split(ROWS), targets[i : i + len(h)].split(ROWS), strict=True):
-                loss += loss_of(rows, t)
+            t_chunk, k_chunk = targets[i : i + CHUNK], kept[i : i + CHUNK]  # (n, 1) each
+            losses = [loss_of(*part) for part in zip(logits.split(ROWS), t_chunk.split(ROWS), strict=True)]
+            loss += (torch.cat(losses) * k_chunk).sum()
             if with_grad:
-                dx[i : i + len(h)] = logits @ w
-                dw_chunk = logits.T @ h  # (V, C)
+                dx[i : i + len(h)] = logits @ w * k_chunk
+                dw_chunk = logits.T @ (h * k_chunk)  # (V, C)
                 dw = dw_chunk.to(head.dtype) if dw is None else dw.add_(dw_chunk)
-            logits = rows = dw_chunk = None  # freed before the next chunk
-        count = (targets >= 0).sum().clamp(1)
+            logits = dw_chunk = None  # freed before the next chunk
+        count = kept.sum().clamp(1)
         if with_grad:
             ctx.save_for_backward(dx, dw, count)
         return loss / count
