@@ -117,20 +117,20 @@ def rotate(x, cos, sin):
 def attend(q, k, v):
     """
     Causal attention: softmax(q k^T / sqrt(D)) v, with q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
-    Query head h uses key/value head h // (H/K). T is S, or T is 1 and the query is the newest position.
+    Query head h uses key/value head h // (H/K). The queries are those of the newest T of the S positions.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T > 512:
+    if T > 512 or T > 1 and q.device.type != "cpu":
         return attend_long(q, k, v)
     if T == 1 and torch.compiler.is_compiling():
         return attend_one(q, k, v)
     q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the query heads of a group, one after another
-    scores = (q @ k.transpose(-2, -1)).float().view(B, K, H // K, T, S)
+    scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
     if T > 1:
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)
+        position = torch.arange(S, device=q.device)
+        scores = torch.where(position[S - T :, None] >= position, scores, -torch.inf)
+    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)  # the softmax itself computes in fp32
     return (weights @ v).view(B, H, T, D)
 
 
@@ -199,6 +199,7 @@ class SmolLM2(nn.Module):
         )
         # The head is tied: logits = x @ embed_tokens.weight.T, so there is no lm_head.
         self.activation_checkpointing = False  # True: store only each block's input, recompute the rest in backward
+        self.compiled = False  # whether compile() was called
         cos, sin = rope_tables(config, config.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
@@ -245,7 +246,7 @@ class SmolLM2(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten())
+        return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten(), self.compiled)
 
     def compile(self, whole=False):
         """
@@ -257,6 +258,7 @@ class SmolLM2(nn.Module):
         for block in self.model.layers:
             block.compile()
         self.head = torch.compile(self.head)
+        self.compiled = True
 
     @torch.no_grad()
     def generate(
@@ -373,8 +375,16 @@ def linear(x, weight):
 
 
 def attend_long(q, k, v):
-    """Flash attention: attend() without storing the (T, T) scores. Faster only for long sequences."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    """attend() for long sequences, and on GPUs: without storing the (T, T) scores."""
+    training = q.requires_grad and torch.compiler.is_compiling()
+    if training and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # 512 queries at a time, with the keys up to theirs; backward makes their weights again, to save memory
+        ends = range(512, q.shape[2] + 512, 512)
+        parts = [(q[:, :, end - 512 : end], k[:, :, :end], v[:, :, :end]) for end in ends]
+        return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in parts], dim=2)
+    if q.device.type != "cpu" and q.dtype != torch.bfloat16:  # only the slowest kernel takes grouped queries then
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_one(q, k, v):
@@ -386,14 +396,27 @@ def attend_one(q, k, v):
     return (weights[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype).view(B, H, 1, D)
 
 
-def cross_entropy(x, head, targets):
+def cross_entropy(x, head, targets, compiled=False):
     """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,), -1 for none."""
-    kept = targets >= 0
-    if not kept.all():
-        x, targets = x[kept], targets[kept]  # what carries no loss needs no logits
-        if not len(x):
-            return x.float().sum()  # 0, with a gradient of 0
-    return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
+    if x.device.type == "cpu":  # a GPU would have to wait for the count
+        kept = targets >= 0
+        x, targets = (x, targets) if kept.all() else (x[kept], targets[kept])  # what carries no loss needs no logits
+    return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled(), compiled)
+
+
+def softmax_loss(logits, targets):
+    """-log softmax at the targets: logits (n, V), targets (n, 1) -> (n, 1). Its gradient takes the logits' place."""
+    log_probs = logits.float().log_softmax(-1)
+    at_target = log_probs.gather(1, targets)
+    if torch.compiler.is_compiling():  # softmax - one-hot in one pass, where a scatter would be a second
+        one_hot = torch.arange(logits.shape[1], device=logits.device) == targets
+        logits.copy_(log_probs.exp() - one_hot.float())
+    else:
+        logits.copy_(log_probs.exp_().scatter_(1, targets, at_target.exp() - 1))
+    return -at_target
+
+
+compiled_softmax_loss = torch.compile(softmax_loss)  # compiled when it is first called
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -404,41 +427,39 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     fp32.
     """
 
-    CHUNK = 512  # tokens per matrix product: 50 MB of logits in bf16, 100 in fp32
-    ROWS = 32  # tokens per softmax: 6 MB in fp32, so that its several passes find the rows still in the CPU's cache
+    CHUNK = {"cpu": 512}  # tokens per matrix product: 50 MB of logits in bf16, 100 in fp32
+    ROWS = 32  # tokens per softmax where it is not compiled: 6 MB in fp32, so that its passes find them in the cache
 
     @staticmethod
-    def forward(ctx, x, head, targets, with_grad):
-        device, CHUNK, ROWS = x.device.type, ChunkedCrossEntropy.CHUNK, ChunkedCrossEntropy.ROWS
+    def forward(ctx, x, head, targets, with_grad, compiled):
+        device, loss_of = x.device.type, compiled_softmax_loss if compiled else softmax_loss
+        CHUNK = ChunkedCrossEntropy.CHUNK.get(device, 4_096)
+        ROWS = ChunkedCrossEntropy.ROWS if device == "cpu" and not compiled else CHUNK
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w = head.to(dtype)
+        w, kept, targets = head.to(dtype), targets[:, None] >= 0, targets[:, None].clamp(0)  # (V, C), (N, 1), (N, 1)
         loss = torch.zeros((), device=x.device)
-        dx, dw = torch.empty_like(x), None
+        dx, dw = torch.empty_like(x), torch.zeros_like(head) if with_grad and not len(x) else None
         for i in range(0, len(x), CHUNK):
             h = x[i : i + CHUNK].to(dtype)  # (n, C)
             logits = F.linear(h, w)  # (n, V)
-            t_chunk = targets[i : i + len(h), None]  # (n, 1)
-            for rows, t in zip(logits.split(ROWS), t_chunk.split(ROWS), strict=True):
-                log_probs = rows.float().log_softmax(-1)
-                at_target = log_probs.gather(1, t)
-                loss -= at_target.sum()
-                if with_grad:
-                    # d loss / d logits = softmax - one-hot(target), in the place of the logits; backward divides by N
-                    rows.copy_(log_probs.exp_().scatter_(1, t, at_target.exp() - 1))
+            t_chunk, k_chunk = targets[i : i + CHUNK], kept[i : i + CHUNK]  # (n, 1) each
+            losses = [loss_of(*part) for part in zip(logits.split(ROWS), t_chunk.split(ROWS), strict=True)]
+            loss += (torch.cat(losses) * k_chunk).sum()
             if with_grad:
-                dx[i : i + len(h)] = logits @ w
-                dw_chunk = logits.T @ h  # (V, C)
+                dx[i : i + len(h)] = logits @ w * k_chunk
+                dw_chunk = logits.T @ (h * k_chunk)  # (V, C)
                 dw = dw_chunk.to(head.dtype) if dw is None else dw.add_(dw_chunk)
-            logits = rows = log_probs = dw_chunk = None  # freed before the next chunk
+            logits = dw_chunk = None  # freed before the next chunk
+        count = kept.sum().clamp(1)
         if with_grad:
-            ctx.save_for_backward(dx, dw)
-        return loss / len(x)
+            ctx.save_for_backward(dx, dw, count)
+        return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)
-        return dx.mul_(scale), dw.mul_(scale), None, None  # in place, so a second backward raises, as it should
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count
+        return dx.mul_(scale), dw.mul_(scale), None, None, None  # in place, so a second backward raises, as it should
 
 
 if __name__ == "__main__":

@@ -143,5 +143,6 @@ def try_compiling(model, use, say, whole=False):
         for module in (model, *model.model.layers):
             module._compiled_call_impl = None
         vars(model).pop("head", None)  # the compiled one; the class's own method shows again
+        model.compiled = False
         return False
     return True

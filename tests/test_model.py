@@ -215,7 +215,7 @@ def test_what_does_not_fit_raises_value_error():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(model_py.ChunkedCrossEntropy, "CHUNK", 16)
+    monkeypatch.setattr(model_py.ChunkedCrossEntropy, "CHUNK", {"cpu": 16})
     monkeypatch.setattr(model_py.ChunkedCrossEntropy, "ROWS", 5)
 
 
@@ -225,22 +225,31 @@ def loss_inputs(N=37, C=24, V=101):
     return x.requires_grad_(), head.requires_grad_(), torch.randint(V, (N,), generator=generator)
 
 
-def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks, compiled):
     x, head, targets = loss_inputs()
     expected = F.cross_entropy(F.linear(x, head), targets)
     expected_grads = torch.autograd.grad(3 * expected, (x, head))  # times 3: a loss is scaled before backward
-    loss = cross_entropy(x, head, targets)
+    loss = cross_entropy(x, head, targets, compiled)
     grads = torch.autograd.grad(3 * loss, (x, head))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(grads, expected_grads, atol=1e-5, rtol=0)
 
-    loss = cross_entropy(x, head, targets)
+    loss = cross_entropy(x, head, targets, compiled)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # rather than wrong gradients
         loss.backward()
     with torch.no_grad():
-        silent = cross_entropy(x, head, targets)
+        silent = cross_entropy(x, head, targets, compiled)
     assert silent == loss and not silent.requires_grad
+
+    x.grad = None  # without the filter, as on a GPU: rows of -1 are masked
+    targets[::3] = -1
+    expected = F.cross_entropy(F.linear(x, head), targets, ignore_index=-1)
+    expected_grads = torch.autograd.grad(expected, (x, head))
+    loss = model_py.ChunkedCrossEntropy.apply(x, head, targets, True, compiled)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, head)), expected_grads, atol=1e-5, rtol=0)
 
 
 def test_cross_entropy_under_autocast(small_chunks):
@@ -394,6 +403,20 @@ def test_compiled_training_is_eager_training():
         model.compile()
     for eager, compiled in zip(*found, strict=True):
         assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [64, 1_100])  # in one piece; in two whole chunks and a rest, weights made again
+def test_compiled_attention_in_bf16_is_that_of_torch(T):
+    """Values and gradients, in one graph: to the rounding of bf16, which torch's own way differs by as well."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v, grad = (torch.randn(2, heads, T, 16, generator=generator) for heads in (6, 2, 2, 6))
+    inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    y = torch.compile(model_py.attend, backend="aot_eager", fullgraph=True)(*inputs)
+    found = (y, *torch.autograd.grad(y, inputs, grad.bfloat16()))
+    for a, b in zip(found, (expected, *torch.autograd.grad(expected, exact, grad.double())), strict=True):
+        assert (a - b).norm() < 1e-2 * b.norm()
 
 
 def test_compiled_decoding_is_eager_decoding():
