@@ -30,7 +30,7 @@ from lib.files import written_whole
 from lib.machine import autocast, pick_device, pick_matmul
 from lib.readers import ROWS, decoded, format_of
 from lib.tasks import TASKS, file_rows, hub_task_rows, read_items
-from lib.tokenizer import END_OF_TEXT, N_SPECIAL, VOCAB_SIZE, encode, encode_array, load_tokenizer
+from lib.tokenizer import END_OF_TEXT, encode, encode_array, load_tokenizer, token_sizes
 from lib.weights import find_weights, load_network
 
 WINDOW = 2_048  # tokens: the default window, where the context allows it
@@ -240,13 +240,6 @@ def text_results(text, losses, sizes, by_position):
             span = f"{2**k:,}-{2 ** (k + 1) - 1:,}" if k else "1"
             results[f"nats after {span}"] = ratio(nats[tokens > 0], tokens[tokens > 0])
     return results
-
-
-def token_sizes(encoding, vocab_size):
-    """(V,) how many bytes of text each id stands for: none for the special ones."""
-    sizes = np.zeros(max(vocab_size, VOCAB_SIZE), dtype=np.int64)
-    sizes[N_SPECIAL:VOCAB_SIZE] = [len(encoding.decode_single_token_bytes(i)) for i in range(N_SPECIAL, VOCAB_SIZE)]
-    return sizes
 
 
 MEASURES = {  # by what a choice's log-likelihood is divided

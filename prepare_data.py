@@ -7,10 +7,13 @@ Text or conversations go in; data/<name>/train.bin, val.bin and meta.json come o
     python prepare_data.py --dataset=roneneldan/TinyStories --max_documents=100000      # streamed from the Hub
     python prepare_data.py --dataset=python_chat                           # questions and answers about Python
     python prepare_data.py --dataset=my/chats.jsonl --block_size=1024      # conversations, in rows for train.py
+    python prepare_data.py --dataset=corpus --part=3/64                    # the share of the third of 64 machines
+    python prepare_data.py --dataset=tokenized                             # datatrove's .ds files, as they are
 
 lib/folders.py finds the files, lib/readers.py reads them, lib/conversations.py knows a conversation by its columns, and
 lib/dataset.py says what is in the files that come out. Text is read, cut and encoded a few hundred kB at a time, so
-memory does not grow with the length of a document or the size of the corpus.
+memory does not grow with the length of a document or the size of the corpus. An interrupted run goes on after its last
+whole shard (lib/shards.py). lib/parts.py merges the shares of many machines, lib/tokenized.py reads datatrove's files.
 """
 
 import collections
@@ -27,7 +30,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -48,8 +51,11 @@ from lib.decoding import COMPRESSED, CONVERT, decompressed_name
 from lib.errors import first_line
 from lib.files import owned_folder, written_whole
 from lib.folders import left_out_line, literal_part, matches, text_files, walk
+from lib.parts import listing, merge, part_folder, share
 from lib.python_chat import python_chat
 from lib.readers import CHUNK, ROWS, SUFFIXES, conversation, documents, format_of
+from lib.shards import after, flushed, put_dataset_in_place, unfinished, write_bins
+from lib.tokenized import read_tokenized
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 
@@ -73,6 +79,9 @@ class PrepareConfig:
     subset: str = ""  # Hub: the dataset's configuration, if it has several
     split: str = "train"  # Hub: which split to read; train.bin and val.bin are both made from it
     max_documents: int | None = None  # stop after this many documents, for a corpus larger than the disk
+    shard_tokens: int = 100_000_000  # text: a train.bin with more ids than this becomes shards of so many ids each
+    part: str = ""  # text: 3/64 prepares the third of 64 shares of the files, on a machine of its own
+    merge: bool = False  # make one dataset of the parts that other runs, with --part, have prepared
     overwrite: bool = False  # replace a dataset of the same name that was made from another text
 
 
@@ -111,6 +120,8 @@ def find_source(config):
             reject(f"{dataset}: a {kind} file is not plain text: convert it with {command}")
         return Source(decompressed_name(path).stem, dataset, str(path.resolve()), [path], {})
     if dataset and path.is_dir():
+        if tokenized := sorted(path.glob("*.ds")):
+            return Source(path.resolve().name, f"datatrove's token ids in {path}", str(path.resolve()), tokenized, {})
         name, identity, left_out = path.resolve().name, str(path.resolve()), collections.Counter()
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             return Source(name, f"{dataset}, split {config.split}", f"{identity}, split {config.split}", [path], {})
@@ -182,13 +193,16 @@ def split_by_hash(stream, val_fraction):
     return itertools.chain(ahead, stream), val_fraction, alone
 
 
-def pieces(stream, val_fraction, sources):
+def pieces(stream, val_fraction, sources, whole=True):
     """
     Cut documents into short texts to be encoded one by one. Yields (split, text) in order, and (split, None) at the
     end of each document. A document goes to train or to val by a hash of its content. A single document is cut in two
-    instead: its last tenth (val_fraction) goes to val.
+    instead: its last tenth (val_fraction) goes to val. whole: this is all of the corpus. A part cannot see whether
+    train or val would be empty in the whole, so it goes by the hash alone.
     """
-    stream, val_fraction, alone = split_by_hash(stream, val_fraction)
+    alone = False
+    if whole:
+        stream, val_fraction, alone = split_by_hash(stream, val_fraction)
     if alone:
         tqdm.write("note: this is a single document: its end is held out for val")
     for document in counted(stream, sources):
@@ -247,32 +261,35 @@ def cut(file):
         yield rest
 
 
-def bundles(stream):
-    """Yield lists of pieces, about CHUNK characters each: enough work to be worth handing to a thread."""
+def bundles(stream, sources):
+    """
+    Yield (digest, list of pieces), about CHUNK characters each: enough work to be worth handing to a thread. The digest
+    is that of the documents so far. The bundles depend on the text alone, so an interrupted run can count them.
+    """
     bundle, chars = [], 0
     for split, text in stream:
         bundle.append((split, text))
         chars += len(text or "")
         if chars >= CHUNK:
-            yield bundle
+            yield sources["sha256"].hexdigest(), bundle
             bundle, chars = [], 0
     if bundle:
-        yield bundle
+        yield sources["sha256"].hexdigest(), bundle
 
 
 # ---------------------------------------------------------------------------------------------
 # Pieces -> ids -> files
 
 
-def encode_bundle(encoding, bundle):
-    """Pieces -> {split: (bytes for the .bin, number of documents, bytes of text)}."""
-    encoded = {}
+def encode_bundle(encoding, numbered):
+    """(digest, pieces) -> (digest, {split: (bytes for the .bin, number of documents, bytes of text)})."""
+    (digest, bundle), encoded = numbered, {}
     for split in {split for split, _ in bundle}:
         texts = [text for s, text in bundle if s == split]
         ids = [[END_OF_TEXT] if text is None else encode_array(encoding, text) for text in texts]
         size = sum(len(text.encode()) for text in texts if text is not None)
         encoded[split] = np.concatenate(ids).astype("<u2").tobytes(), texts.count(None), size
-    return encoded
+    return digest, encoded
 
 
 def on_all_cores(function, items):
@@ -291,40 +308,25 @@ def on_all_cores(function, items):
             yield waiting.popleft().result()
 
 
-def write_bins(files, encoded, total):
+def write_text(draft, state, stream, config, encoding, sources, total):
     """
-    Write the results of encode_bundle. files: {split: open file}. total: bytes of text in all, for the progress bar,
-    or None if unknown. Returns {split: its counts and sha256}, as in meta.json.
+    Documents of text -> train.bin, or its shards, and val.bin in the folder `draft`. Goes on where `state` says. total:
+    as in write_bins. Returns {split: its counts and sha256}.
     """
-    counts = {split: dict(tokens=0, bytes=0, documents=0) for split in files}
-    digests = {split: hashlib.sha256() for split in files}
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
-        for result in encoded:
-            for split, (content, documents, size) in result.items():
-                files[split].write(content)
-                digests[split].update(content)
-                counts[split]["tokens"] += len(content) // 2
-                counts[split]["bytes"] += size
-                counts[split]["documents"] += documents
-                bar.update(size)
-            seconds = bar.format_dict["elapsed"] or 1e-9
-            bar.set_postfix_str(f"{sum(c['tokens'] for c in counts.values()) / seconds:,.0f} tokens/s", refresh=False)
-    return {split: counts[split] | {"sha256": digests[split].hexdigest()} for split in files}
-
-
-def write_text(files, stream, config, encoding, sources, total):
-    """Documents of text -> train.bin and val.bin. total: as in write_bins. Returns {split: its counts and sha256}."""
-    work = bundles(pieces(stream, config.val_fraction, sources))
-    encoded = on_all_cores(functools.partial(encode_bundle, encoding), work)
-    counts = write_bins({split: files[f"{split}.bin"] for split in ("train", "val")}, encoded, total)
+    work = bundles(pieces(stream, config.val_fraction, sources, not config.part), sources)
+    encoded = on_all_cores(functools.partial(encode_bundle, encoding), after(work, state, draft))
+    counts = write_bins(draft, encoded, config.shard_tokens, state, total)
     for split, other in (("train", "lower"), ("val", "raise")):
-        if counts[split]["tokens"] == counts[split]["documents"]:
+        if counts[split]["tokens"] == counts[split]["documents"] and not config.part:
             sys.exit(f"error: {config.dataset}: too short to split, {split} is empty: {other} --val_fraction")
     return counts
 
 
-def write_conversations(files, stream, config, encoding, sources):
-    """Conversations -> rows of block_size + 1 ids, and their masks. Returns {split: its counts and sha256s}."""
+def write_conversations(draft, stream, config, encoding, sources):
+    """
+    Conversations -> rows of block_size + 1 ids, and their masks, in the folder `draft`. Returns {split: its counts and
+    sha256s}.
+    """
     length = config.block_size + 1
     sources |= {"loss_on": config.loss_on, "without_an_answer": 0, "cut_before_the_answer": 0}
     stream = counted(stream, sources)
@@ -335,7 +337,12 @@ def write_conversations(files, stream, config, encoding, sources):
     if alone:
         sys.exit(f"error: {config.dataset}: holds a single conversation, which is not cut in two: add one for val")
     in_splits = (("val" if place(one) < val_fraction else "train", one) for one in learnable)
-    counts = write_rows(files, packed(in_splits, length), length, encoding)
+    with contextlib.ExitStack() as stack:
+        names = [f"{split}{kind}.bin" for split in ("train", "val") for kind in ("", "_mask")]
+        files = {name: stack.enter_context(open(draft / name, "wb")) for name in names}
+        counts = write_rows(files, packed(in_splits, length), length, encoding)
+        for file in files.values():
+            flushed(file)
     lost = "; ".join(lost_conversations(sources))
     if not any(counts[split]["documents"] for split in counts):
         sys.exit(f"error: {config.dataset}: nothing to learn in it, {lost}")
@@ -347,16 +354,14 @@ def write_conversations(files, stream, config, encoding, sources):
 
 def write_dataset(folder, config, files, encoding, meta):
     """
-    Write train.bin, val.bin, for conversations their masks, and meta.json to `folder`. meta: the first keys of
-    meta.json. Returns all of them.
-
-    All files are complete on the disk before the first is renamed to its final name. So an error or a kill leaves the
-    earlier dataset untouched, unless it comes during the renames. Even then meta.json never lies: the old one is
-    removed before the renames, and the new one is renamed last.
+    Write train.bin or its shards, val.bin, for conversations their masks, and meta.json to `folder`. meta: the first
+    keys of meta.json. Returns all of them, and the tokens and bytes that an interrupted run had done before.
     """
+    run = run_settings(config, files, meta)
     rows = {*ROWS, *COMPRESSED}
     plain = files and config.max_documents is None and not any(file.suffix.lower() in rows for file in files)
-    total = sum(file.stat().st_size for file in files) if plain else None
+    part, parts = share(config.part)
+    total = sum(file.stat().st_size for file in files[part - 1 :: parts]) if plain else None
     sources = meta["sources"] | {"sha256": hashlib.sha256()}  # of the documents' sha256s, in order
     sources |= {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
     if config.dataset == "python_chat":
@@ -364,35 +369,40 @@ def write_dataset(folder, config, files, encoding, meta):
     else:
         stream = documents(files, config, sources)
     stream = itertools.islice(stream, config.max_documents)
-    if (first := next(stream, None)) is None:
+    first = next(stream, None)
+    if first is None and not config.part:
         sys.exit(f"error: {config.dataset}: no text in it, every document is empty: name another --dataset")
-    stream = itertools.chain([first], stream)
-    masks = [] if first.messages is None else ["val_mask.bin", "train_mask.bin"]
-    with contextlib.ExitStack() as stack:
-        meta_file = stack.enter_context(written_whole(folder / "meta.json", "w"))
-        out = {name: stack.enter_context(written_whole(folder / name)) for name in [*masks, "val.bin", "train.bin"]}
-        if masks:
-            meta = meta | {"block_size": config.block_size}
-            counts = write_conversations(out, stream, config, encoding, sources)
+    stream = stream if first is None else itertools.chain([first], stream)
+    with unfinished(folder, run) as (draft, state):
+        done = {key: sum(c[key] for c in (state["counts"] or {}).values()) for key in ("tokens", "bytes")}
+        if first is None or first.messages is None:
+            counts = write_text(draft, state, stream, config, encoding, sources, total)
+        elif config.part:
+            sys.exit(f"error: {config.dataset}: holds conversations, which are not prepared in parts: leave --part out")
         else:
-            counts = write_text(out, stream, config, encoding, sources, total)
+            meta = meta | {"block_size": config.block_size}
+            counts = write_conversations(draft, stream, config, encoding, sources)
         meta = meta | {"sources": sources | {"sha256": sources["sha256"].hexdigest()}} | counts
-        meta_file.write(json.dumps(meta, indent=2) + "\n")
-        for file in (*out.values(), meta_file):  # a full disk must fail here, before anything is replaced
-            file.flush()
-            os.fsync(file.fileno())
-        (folder / "meta.json").unlink(missing_ok=True)
-        for name in ("val_mask.bin", "train_mask.bin"):
-            (folder / name).unlink(missing_ok=True)  # an earlier dataset's, which this one may not have
-    # The end of the block has renamed the files, the last one opened first, and so meta.json last.
-    return meta
+        put_dataset_in_place(folder, META[bool(config.part)], meta | ({"run": run} if config.part else {}), draft)
+    return meta, done
+
+
+META = ("meta.json", "part.json")  # of a whole dataset, of a part
+
+
+def run_settings(config, files, meta):
+    """All that decides which ids are written: a run goes on, and parts are merged, only where these are equal."""
+    others = ("dataset", "name", "data_dir", "official", "merge", "overwrite")
+    run = {name: value for name, value in asdict(config).items() if name not in others}
+    text = meta["sources"]["identity"] if files is None else listing(files)
+    return run | {"text": text, "tokenizer": meta["tokenizer_sha256"], "pieces": [CHUNK, LONGEST]}
 
 
 def table(counts):
     """Documents, tokens and bytes of each split, as lines of text."""
     lines = [f"{'':<8}{'documents':>12}{'tokens':>16}{'bytes':>18}{'bytes/token':>14}"]
     for name, c in counts.items():
-        ratio = c["bytes"] / c["tokens"]
+        ratio = c["bytes"] / max(1, c["tokens"])  # a part may have nothing for val
         lines.append(f"{name:<8}{c['documents']:>12,}{c['tokens']:>16,}{c['bytes']:>18,}{ratio:>14.3f}")
     return "\n".join(lines)
 
@@ -407,16 +417,16 @@ def notes(sources, column):
     if lacking := sources.get("rows_without_column"):
         yield f"note: {lacking:,} rows without a {column} were left out: {sources['first_without_column']}"
     yield from (f"note: {line}" for line in lost_conversations(sources))
-    if sources["empty_documents"]:
+    if sources.get("empty_documents"):
         yield f"note: {sources['empty_documents']:,} empty documents were left out"
-    if bad := sources["undecodable_bytes"]:
+    if bad := sources.get("undecodable_bytes"):
         yield f"note: {bad:,} bytes that cannot be decoded became U+FFFD, the first in {sources['first_undecodable']}"
 
 
-def refuse_other_text(folder, meta):
+def refuse_other_text(folder, meta, file="meta.json"):
     """End the program with one line if the dataset in `folder` was made from another text than this one."""
     try:
-        earlier = json.loads((folder / "meta.json").read_bytes())["sources"]
+        earlier = json.loads((folder / file).read_bytes())["sources"]
         same = earlier.get("identity") == meta["sources"]["identity"]
         if same or "identity" not in earlier and earlier["what"] == meta["sources"]["what"]:  # made before identities
             return
@@ -434,36 +444,52 @@ def main(config):
         reject(f"max_documents={config.max_documents}: no document would be left: give 1 or more")
     if config.block_size < 1:
         reject(f"block_size={config.block_size}: no conversation fits: give the one you train with, for example 512")
+    if config.shard_tokens < 1:
+        reject(f"shard_tokens={config.shard_tokens}: a shard would hold no id: give 1 or more, for example 100000000")
     if bool(config.prompt_column) != bool(config.answer_column):
         reject("a conversation has two columns: give both --prompt_column and --answer_column")
-    name, what, identity, files, left_out = find_source(config)
+    if config.merge and config.part:
+        reject("--part prepares one part, --merge joins them all: give --merge alone, after the last part")
+    part, parts = share(config.part)
+    merged = Source(
+        config.name, f"the parts in {config.data_dir}/{config.name}", "", None, {}
+    )  # their text may be away
+    name, what, identity, files, left_out = merged if config.merge and config.name else find_source(config)
     name = config.name or name
     if name in ("", ".", "..") or re.search(r'[/\\:*?"<>|\0]', name):
         reject(f"name={name!r}: cannot be a folder in {config.data_dir}: give a plain one, for example --name=notes")
+    tokenized = bool(files) and files[0].suffix == ".ds"
+    if tokenized and (config.part or config.max_documents):
+        reject(f"{config.dataset}: holds token ids, which are taken as they are: leave --part and --max_documents out")
+    if files is not None and len(files) < parts > 1:
+        reject(f"part={config.part}: {config.dataset} is {max(1, len(files))} files: give at most as many parts")
     print(f"text: {what}" + (f", {len(files):,} files" if files and len(files) > 1 else ""))
-
-    content, origin = tokenizer_json(config.official)
-    sha256 = hashlib.sha256(content).hexdigest()
-    pinned = "as pinned" if sha256 == TOKENIZER_SHA256 else "(not the pinned one)"
-    print(f"tokenizer: {origin}, sha256 {sha256} {pinned}")
-    encoding = load_tokenizer(config.official)
 
     folder = Path(config.data_dir) / name
     meta = {"name": name, "dtype": "uint16", "vocab_size": VOCAB_SIZE}
-    meta |= {
-        "tokenizer": config.official,
-        "tokenizer_sha256": sha256,
-        "sources": {"what": what, "identity": identity, "left_out": left_out},
-    }
-    started = time.perf_counter()
+    if not config.merge:
+        content, origin = tokenizer_json(config.official)
+        sha256 = hashlib.sha256(content).hexdigest()
+        pinned = "as pinned" if sha256 == TOKENIZER_SHA256 else "(not the pinned one)"
+        print(f"tokenizer: {origin}, sha256 {sha256} {pinned}")
+        encoding = load_tokenizer(config.official)
+        meta |= {"tokenizer": config.official, "tokenizer_sha256": sha256}
+        meta["sources"] = {"what": what, "identity": identity, "left_out": left_out}
+    folder = folder / part_folder(part, parts) if config.part else folder
+    started, encoded = time.perf_counter(), not config.merge and not tokenized
     try:
         with owned_folder(folder, "name"):
+            meta = merge(folder) if config.merge else meta
             if not config.overwrite:
-                refuse_other_text(folder, meta)
-            if config.dataset == "shakespeare":
+                refuse_other_text(folder, meta, META[bool(config.part)])
+            if config.dataset == "shakespeare" and encoded:
                 files = [folder / "input.txt"]
                 fetch_shakespeare(*files)
-            meta = write_dataset(folder, config, files, encoding, meta)
+            if encoded:
+                meta, done = write_dataset(folder, config, files, encoding, meta)
+            else:
+                meta |= read_tokenized(files, encoding, config.val_fraction) if tokenized else {}
+                put_dataset_in_place(folder, "meta.json", meta)
     except KeyboardInterrupt:
         print(f"interrupted before {folder} was complete: run the same command again", file=sys.stderr)
         sys.exit(130)
@@ -478,9 +504,13 @@ def main(config):
     print((conversation_table if chat else table)({"train": train, "val": val, "both": both}))
     for line in notes(meta["sources"], "conversation" if chat else f"column {config.text_column}"):
         print(line)
-    speed = f"{both['tokens'] / seconds:,.0f} tokens/s, {both['bytes'] / 1e6 / seconds:.1f} MB/s"
-    speed = f"train with --block_size={config.block_size}" if chat else speed
-    print(f"{folder}: {seconds:.1f} s, {speed}")
+    if chat:
+        print(f"{folder}: {seconds:.1f} s, train with --block_size={config.block_size}")
+    elif encoded:
+        tokens, size = both["tokens"] - done["tokens"], both["bytes"] - done["bytes"]
+        print(f"{folder}: {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {size / 1e6 / seconds:.1f} MB/s")
+    else:
+        print(f"{folder / 'meta.json'}: {seconds:.1f} s, the ids stay where they are")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 What the scripts share, a room a subject. Rooms import no script, only each other, model.py and libraries.
 
     dataset      data/<name>/: train.bin, val.bin, meta.json
+    shards       an array of token ids in several files, written and read; what an interrupted run goes on from
+    parts        the shares of a corpus that many machines prepare, and their merge
+    tokenized    datatrove's files of token ids -> a dataset
     batches      an array of token ids -> blocks of them, in a computed order
     tokenizer    tokenizer.json -> tiktoken.Encoding; text <-> ids
     chat         the Instruct releases' chat template

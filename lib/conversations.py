@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.chat import chat_ids
-from lib.tokenizer import N_SPECIAL, VOCAB_SIZE
+from lib.tokenizer import VOCAB_SIZE, token_sizes
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: the template's
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # columns
@@ -163,8 +163,7 @@ def write_rows(files, rows, length, encoding):
     Write the rows of `packed`, padded with zeros. files: {"train.bin": open file, "train_mask.bin": ..., ...}.
     Returns {split: its counts and sha256s}, as in meta.json.
     """
-    sizes = np.zeros(VOCAB_SIZE, int)  # bytes of text of each id; special ones are no text
-    sizes[N_SPECIAL:] = [len(encoding.decode_single_token_bytes(id)) for id in range(N_SPECIAL, VOCAB_SIZE)]
+    sizes = token_sizes(encoding, VOCAB_SIZE)
     splits = ("train", "val")
     zeros = dict.fromkeys(("tokens", "bytes", "documents", "loss_tokens", "padding", "cut"), 0)
     counts, digests = {split: dict(zeros) for split in splits}, {name: hashlib.sha256() for name in files}

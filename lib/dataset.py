@@ -5,7 +5,8 @@ data/<dataset>/train.bin, val.bin and meta.json: prepare_data.py writes them, tr
 
 A .bin is a flat array of little-endian uint16 token ids. Each document ends with <|endoftext|>, id 0. A dataset of
 conversations is rows of block_size + 1 ids. Beside each of its .bin files a mask, train_mask.bin or val_mask.bin, has
-a byte for each id: 1 if the id is to be learnt (the assistant's words), 0 if it is only read.
+a byte for each id: 1 if the id is to be learnt (the assistant's words), 0 if it is only read. A large train.bin is
+several files instead, shards, which are read as if they were one.
 
 The keys of meta.json:
     name                 of the dataset
@@ -14,6 +15,8 @@ The keys of meta.json:
     tokenizer_sha256     of its tokenizer.json
     sources              what the text is, a sha256 of all documents, counts of documents and of oddities
     train, val           of each .bin: tokens, bytes of text, documents, sha256
+    train, val           only if it is not one file of that name: shards, a list of its files, with tokens and sha256
+                         of each. The split's own sha256 is then that of theirs.
     block_size           conversations only: a row is one id longer
     train, val           conversations only: loss_tokens (ones in the mask; `bytes` are those of their text), padding,
                          cut (conversations that were longer than a row), mask_sha256
@@ -28,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.files import read_json, sha256_of
+from lib.shards import Shards, sha256_of_shards, shards_of
 
 TRUSTED = 2**30  # bytes: a larger .bin is sampled, because reading it all would take longer than a second
 SAMPLES, BLOCK = 64, 2**20  # that many blocks of that many bytes
@@ -63,28 +67,38 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
         )
     splits = []
     for split in ("train", "val"):
-        path, tokens = folder / f"{split}.bin", meta[split]["tokens"]
-        if not path.is_file():  # a pipe would wait for a writer, for ever
-            sys.exit(f"error: {path} {'is not a file' if path.exists() else 'does not exist'}: {way_out}")
-        size = path.stat().st_size
-        if size != 2 * tokens:
-            sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {tokens} tokens: {way_out}")
-        sha256, largest = read_through(path) if size < TRUSTED else (meta[split]["sha256"], sampled_largest(path))
-        if sha256 != meta[split]["sha256"]:
-            sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
-        if largest >= meta["vocab_size"]:
-            sys.exit(
-                f"error: {path} holds the id {largest}, but meta.json has vocab_size {meta['vocab_size']}: {way_out}"
-            )
+        tokens, shards = meta[split]["tokens"], shards_of(meta[split], split)
+        paths, sizes = [folder / shard["file"] for shard in shards], [shard["tokens"] for shard in shards]
+        for path, count in zip(paths, sizes, strict=True):
+            if not path.is_file():  # a pipe would wait for a writer, for ever
+                sys.exit(f"error: {path} {'is not a file' if path.exists() else 'does not exist'}: {way_out}")
+            size = path.stat().st_size
+            if size != 2 * count:
+                sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {count} tokens: {way_out}")
+        ids = np.memmap(paths[0], dtype="<u2", mode="r") if len(paths) == 1 else Shards(paths, sizes)
+        small = 2 * tokens < TRUSTED
+        for path, shard in zip(paths, shards, strict=True) if small else ():
+            sha256, largest = read_through(path)
+            if sha256 != shard["sha256"]:
+                sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
+            check_largest(largest, path, meta, way_out)
+        if not small:
+            check_largest(sampled_largest(ids), paths[0] if len(paths) == 1 else f"{folder}, {split}", meta, way_out)
         if tokens < block_size + 1:
             sys.exit(
-                f"error: {path} holds {tokens} tokens, fewer than one block of {block_size} + 1: "
+                f"error: {folder}, {split} holds {tokens} tokens, fewer than one block of {block_size} + 1: "
                 "lower block_size, or prepare more text"
             )
         mask = open_mask(folder / f"{split}_mask.bin", meta[split], way_out) if "block_size" in meta else None
         meta[split].setdefault("loss_tokens", tokens)
-        splits.append(Split(np.memmap(path, dtype="<u2", mode="r"), mask))
+        splits.append(Split(ids, mask))
     return *splits, meta
+
+
+def check_largest(largest, path, meta, way_out):
+    """End the program with one line if the largest id found in a .bin is not below vocab_size."""
+    if largest >= meta["vocab_size"]:
+        sys.exit(f"error: {path} holds the id {largest}, but meta.json has vocab_size {meta['vocab_size']}: {way_out}")
 
 
 def open_mask(path, counts, way_out):
@@ -125,8 +139,29 @@ def check_meta(meta, path, vocab_size, way_out):
         for name in ("sha256", *(("mask_sha256",) if conversations else ())):
             if not isinstance(counts.get(name), str):
                 wrong(f"{split} {name}", counts.get(name), "a checksum")
+        if "shards" in counts:
+            check_shards(counts, lambda value, wanted, split=split: wrong(f"{split} shards", value, wanted))
+        if conversations and "shards" in counts:
+            wrong(f"{split} shards", "several", "none: conversations are one file")
         if conversations and counts["tokens"] % (meta["block_size"] + 1):
             wrong(f"{split} tokens", counts["tokens"], f"whole rows of {meta['block_size'] + 1}")
+
+
+def check_shards(counts, wrong):
+    """End the program, by calling wrong(value, wanted), if the shards in meta.json are not those of their split."""
+    kinds = {"file": str, "tokens": int, "sha256": str}
+    shards = counts["shards"]
+    if not isinstance(shards, list) or not shards:
+        wrong(shards, "a list of files")
+    for shard in shards:
+        if not isinstance(shard, dict) or any(type(shard.get(name)) is not kind for name, kind in kinds.items()):
+            wrong(shard, "a file, its tokens and its sha256")
+        if shard["tokens"] < 1:
+            wrong(shard["tokens"], "a number of tokens above 0")
+    if (tokens := sum(shard["tokens"] for shard in shards)) != counts["tokens"]:
+        wrong(f"of {tokens} tokens", f"of {counts['tokens']} as their split")
+    if (sha256 := sha256_of_shards(shards)) != counts["sha256"]:
+        wrong(f"of sha256 {sha256}", f"of {counts['sha256']} as their split")
 
 
 def read_through(path):
@@ -139,7 +174,7 @@ def read_through(path):
     return digest.hexdigest(), largest
 
 
-def sampled_largest(path):
-    """The largest id in blocks spread evenly over a .bin, from its first to its last."""
-    data, n = np.memmap(path, dtype="<u2", mode="r"), BLOCK // 2
-    return max(int(data[start : start + n].max()) for start in np.linspace(0, len(data) - n, SAMPLES, dtype=int))
+def sampled_largest(ids):
+    """The largest of the ids, (N,), in blocks spread evenly over them, from the first to the last."""
+    n = BLOCK // 2
+    return max(int(ids[start : start + n].max()) for start in np.linspace(0, len(ids) - n, SAMPLES, dtype=int).tolist())

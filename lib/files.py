@@ -48,8 +48,13 @@ def written_whole(path, mode="wb", **how):
 def put_in_place(unfinished, path):
     """Rename a finished file (or folder) to `path`, and flush the rename itself to the disk."""
     os.replace(unfinished, path)
+    flush_folder(Path(path).parent)
+
+
+def flush_folder(path):
+    """Flush the renames in a folder to the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(Path(path).parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -27,6 +27,7 @@ from pathlib import Path
 from lib.conversations import messages_of
 from lib.decoding import COMPRESSED, decompressed_name, encoding_of, open_text
 from lib.errors import first_line
+from lib.parts import share
 
 CHUNK = 2**18  # characters read at a time
 PATIENCE = 1_000  # rows: if the first so many of the only source lack the column, do not read the others
@@ -48,13 +49,14 @@ def documents(files, config, sources):
     all are conversations: the first that is of the other kind ends the program with one line.
 
     files    list of Path; None to read the Hub dataset config.dataset
-    config   has dataset, text_column, prompt_column, answer_column, suffixes, subset and split
+    config   has dataset, text_column, prompt_column, answer_column, suffixes, subset, split and part
     sources  dict; this function adds to its counts empty_documents and undecodable_bytes. Where there is something to
              tell, it sets first_undecodable, encodings, rows_without_column, first_without_column and left_out.
     """
     rows = collections.Counter()  # with and without text or a conversation; and how many of each kind
     alone = files is None or len(files) == 1
-    for path in [config.dataset] if files is None else files:
+    part, parts = share(config.part)
+    for path in [config.dataset] if files is None else files[part - 1 :: parts]:
         kind = "" if files is None else format_of(path, config.suffixes)
         if files is None:
             found = row_documents(hub_rows(config), config, sources, rows, alone)
@@ -361,6 +363,9 @@ def hub_rows(config):
         sys.exit(f"error: {name}: no such path, and the Hub cannot be reached ({problem}): connect, or give a path")
     try:
         stream = datasets.load_dataset(name, config.subset or None, split=config.split, streaming=True)
+        if config.part:
+            part, parts = share(config.part)
+            stream = datasets.distributed.split_dataset_by_node(stream, part - 1, parts)
         for number, row in enumerate(stream, 1):
             yield f"{name}, row {number}", row
     except Exception as error:  # the library's own errors, the network's, the file formats'

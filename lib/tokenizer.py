@@ -168,6 +168,13 @@ def known_ids(encoding, vocab_size):
     return [i < VOCAB_SIZE or i in added for i in range(vocab_size)]
 
 
+def token_sizes(encoding, vocab_size):
+    """(V,) how many bytes of text each id stands for: none for the special ones."""
+    sizes = np.zeros(max(vocab_size, VOCAB_SIZE), dtype=np.int64)
+    sizes[N_SPECIAL:VOCAB_SIZE] = [len(encoding.decode_single_token_bytes(i)) for i in range(N_SPECIAL, VOCAB_SIZE)]
+    return sizes
+
+
 # ---------------------------------------------------------------------------------------------
 # Where tokenizer.json comes from
 
