@@ -140,28 +140,27 @@ def check_meta(meta, path, vocab_size, way_out):
             if not isinstance(counts.get(name), str):
                 wrong(f"{split} {name}", counts.get(name), "a checksum")
         if "shards" in counts:
-            check_shards(counts, lambda value, wanted, split=split: wrong(f"{split} shards", value, wanted))
+            check_shards(split, counts, wrong)
         if conversations and "shards" in counts:
             wrong(f"{split} shards", "several", "none: conversations are one file")
         if conversations and counts["tokens"] % (meta["block_size"] + 1):
             wrong(f"{split} tokens", counts["tokens"], f"whole rows of {meta['block_size'] + 1}")
 
 
-def check_shards(counts, wrong):
-    """End the program, by calling wrong(value, wanted), if the shards in meta.json are not those of their split."""
-    kinds = {"file": str, "tokens": int, "sha256": str}
-    shards = counts["shards"]
+def check_shards(split, counts, wrong):
+    """Call wrong(name, value, wanted), which ends the program, if the shards in meta.json do not fit their split."""
+    kinds, shards = {"file": str, "tokens": int, "sha256": str}, counts["shards"]
     if not isinstance(shards, list) or not shards:
-        wrong(shards, "a list of files")
+        wrong(f"{split} shards", shards, "a list of files")
     for shard in shards:
         if not isinstance(shard, dict) or any(type(shard.get(name)) is not kind for name, kind in kinds.items()):
-            wrong(shard, "a file, its tokens and its sha256")
+            wrong(f"{split} shard", shard, "a file, its tokens and its sha256")
         if shard["tokens"] < 1:
-            wrong(shard["tokens"], "a number of tokens above 0")
+            wrong(f"{split} shard of tokens", shard["tokens"], "a number above 0")
     if (tokens := sum(shard["tokens"] for shard in shards)) != counts["tokens"]:
-        wrong(f"of {tokens} tokens", f"of {counts['tokens']} as their split")
+        wrong(f"{split} tokens", counts["tokens"], f"{tokens}, which its shards add up to")
     if (sha256 := sha256_of_shards(shards)) != counts["sha256"]:
-        wrong(f"of sha256 {sha256}", f"of {counts['sha256']} as their split")
+        wrong(f"{split} sha256", counts["sha256"], f"{sha256}, that of its shards")
 
 
 def read_through(path):

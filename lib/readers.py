@@ -364,8 +364,10 @@ def hub_rows(config):
     try:
         stream = datasets.load_dataset(name, config.subset or None, split=config.split, streaming=True)
         if config.part:
+            from datasets.distributed import split_dataset_by_node
+
             part, parts = share(config.part)
-            stream = datasets.distributed.split_dataset_by_node(stream, part - 1, parts)
+            stream = split_dataset_by_node(stream, part - 1, parts)
         for number, row in enumerate(stream, 1):
             yield f"{name}, row {number}", row
     except Exception as error:  # the library's own errors, the network's, the file formats'
