@@ -14,6 +14,7 @@ from configurator import configure
 from export import ExportConfig
 from lib.machine import flops_per_token
 from model import PRESETS, ModelConfig, SmolLM2
+from prepare_data import PrepareConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def test_flops_are_those_that_torch_counts(name):
     assert counted == {"aten.mm": weights - 6 * norms, "aten.bmm": 2 * attention}  # bmm has the masked half as well
 
 
-SCRIPTS = {"train.py": TrainConfig, "export.py": ExportConfig}
+SCRIPTS = {"train.py": TrainConfig, "export.py": ExportConfig, "prepare_data.py": PrepareConfig}
 COMMANDS = [
     line
     for block in BLOCKS
