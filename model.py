@@ -378,54 +378,13 @@ def attend_long(q, k, v):
     """attend() for long sequences, and on GPUs: without storing the (T, T) scores."""
     training = q.requires_grad and torch.compiler.is_compiling()
     if training and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        grouped = (q * q.shape[3] ** -0.5).unflatten(1, (k.shape[1], -1))  # (B, K, H/K, T, D)
-        return ChunkedAttention.apply(grouped, k, v).flatten(1, 2)
+        # 512 queries at a time, with the keys up to theirs; backward makes their weights again, to save memory
+        ends = range(512, q.shape[2] + 512, 512)
+        parts = [(q[:, :, end - 512 : end], k[:, :, :end], v[:, :, :end]) for end in ends]
+        return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in parts], dim=2)
     if q.device.type != "cpu" and q.dtype != torch.bfloat16:  # only the slowest kernel takes grouped queries then
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def masked_scores(q, k):
-    """fp32 scores of the newest n of S positions: q (B, K, H/K, n, D), k (B, K, S, D) -> (B, K, H/K, n, S)."""
-    G, n = q.shape[2:4]
-    position = torch.arange(k.shape[2], device=k.device)
-    scores = (q.flatten(2, 3) @ k.transpose(-2, -1)).float().unflatten(2, (G, n))
-    return torch.where(position[-n:, None] >= position, scores, -torch.inf)
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """
-    softmax(q k^T) v with q (B, K, H/K, T, D) and k, v (B, K, T, D): 256 queries at a time, with the keys that they may
-    see. Backward makes the weights again from one number a query, the logarithm of its softmax's sum.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        T, n, ys, log_sums = q.shape[3], 256, [], []
-        for end in range(n, T + n, n):
-            scores = masked_scores(q[:, :, :, end - n : end], k[:, :, :end])
-            log_sums.append(scores.logsumexp(-1, keepdim=True))
-            weights = (scores - log_sums[-1]).exp().to(v.dtype).flatten(2, 3)  # (B, K, H/K * n, S)
-            ys.append((weights @ v[:, :, :end]).unflatten(2, scores.shape[2:4]))
-        y = torch.cat(ys, dim=3)
-        ctx.save_for_backward(q, k, v, y, *log_sums)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, y, *log_sums = ctx.saved_tensors
-        T, n, dqs, dk, dv = q.shape[3], 256, [], 0, 0
-        delta = (dy.float() * y.float()).sum(-1, keepdim=True)  # a query's sum over keys of weight * dweight
-        for end, log_sum in zip(range(n, T + n, n), log_sums, strict=True):
-            q_n, dy_n, delta_n = (x[:, :, :, end - n : end] for x in (q, dy, delta))
-            k_s, v_s, later = k[:, :, :end], v[:, :, :end], (0, 0, 0, max(0, T - end))
-            weights = (masked_scores(q_n, k_s) - log_sum).exp().to(v.dtype).flatten(2, 3)
-            dweights = dy_n.flatten(2, 3) @ v_s.transpose(-2, -1)  # (B, K, H/K * n, S)
-            dscores = (weights * (dweights.float() - delta_n.flatten(2, 3))).to(q.dtype)
-            dqs.append((dscores @ k_s).unflatten(2, q_n.shape[2:4]))
-            dk = dk + F.pad(dscores.transpose(-2, -1) @ q_n.flatten(2, 3), later).float()  # none for later keys
-            dv = dv + F.pad(weights.transpose(-2, -1) @ dy_n.flatten(2, 3), later).float()
-        return torch.cat(dqs, dim=3), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def attend_one(q, k, v):

@@ -405,7 +405,7 @@ def test_compiled_training_is_eager_training():
         assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [64, 1_100])  # in one piece; in four whole chunks and a rest, weights made again
+@pytest.mark.parametrize("T", [64, 1_100])  # in one piece; in two whole chunks and a rest, weights made again
 def test_compiled_attention_in_bf16_is_that_of_torch(T):
     """Values and gradients, in one graph: to the rounding of bf16, which torch's own way differs by as well."""
     generator = torch.Generator().manual_seed(8)
