@@ -59,7 +59,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     script = next(word for word in words if word in SCRIPTS)
     config = configure(SCRIPTS[script], words[words.index(script) + 1 :])
     if "config/" in command:  # the recipe's own batch, which the processes can share
