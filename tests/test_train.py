@@ -661,7 +661,7 @@ ERRORS = {
     "changed bin": ([], break_file("data/text/val.bin", lambda b: b[:-1] + b"?"), r"val.bin does not have the sha256"),
     "wrong dtype": ([], edit_meta(dtype="uint32"), r"dtype uint32"),
     "large vocabulary": ([], edit_meta(vocab_size=50_257), r"vocab_size 50257, not uint16 and at most 49152"),
-    "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val.bin holds 500 tokens, fewer"),
+    "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val holds 500 tokens, fewer"),
     "block beyond context": (["--block_size=65"], None, r"block_size 65 is longer than the context"),
     "no log": (["--log_interval=0"], None, r"log_interval is 0: it must be a whole number from 1"),
     "odd heads": (["--num_attention_heads=3", "--num_key_value_heads=2"], None, r"must be a multiple"),
