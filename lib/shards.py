@@ -2,7 +2,7 @@
 A corpus of any size: an array of token ids in several files, written one after another and read as if it were one.
 
     ids = Shards(["train_00000.bin", "train_00001.bin"])
-    block = ids[99_999_000:100_001_000]                     # (2000,) uint16, the last 1,000 of a file and the next's first
+    block = ids[99_999_000:100_001_000]         # (2000,) uint16: the end of one file, the start of the next
 
 prepare_data.py writes into data/<name>/unfinished/, and moves the files to data/<name>/ when all are complete. After
 each whole shard it notes in unfinished/state.json how far it is, so an interrupted run goes on from there.
