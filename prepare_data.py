@@ -323,10 +323,7 @@ def write_text(draft, state, stream, config, encoding, sources, total):
 
 
 def write_conversations(draft, stream, config, encoding, sources):
-    """
-    Conversations -> rows of block_size + 1 ids, and their masks, in the folder `draft`. Returns {split: its counts and
-    sha256s}.
-    """
+    """Conversations -> rows of block_size + 1 ids, and masks, in `draft`. Returns {split: its counts and sha256s}."""
     length = config.block_size + 1
     sources |= {"loss_on": config.loss_on, "without_an_answer": 0, "cut_before_the_answer": 0}
     stream = counted(stream, sources)
@@ -451,10 +448,11 @@ def main(config):
     if config.merge and config.part:
         reject("--part prepares one part, --merge joins them all: give --merge alone, after the last part")
     part, parts = share(config.part)
-    merged = Source(
-        config.name, f"the parts in {config.data_dir}/{config.name}", "", None, {}
-    )  # their text may be away
-    name, what, identity, files, left_out = merged if config.merge and config.name else find_source(config)
+    if config.merge and config.name:  # the parts suffice, their text may be on other machines
+        found = Source(config.name, f"the parts in {Path(config.data_dir, config.name)}", "", None, {})
+    else:
+        found = find_source(config)
+    name, what, identity, files, left_out = found
     name = config.name or name
     if name in ("", ".", "..") or re.search(r'[/\\:*?"<>|\0]', name):
         reject(f"name={name!r}: cannot be a folder in {config.data_dir}: give a plain one, for example --name=notes")

@@ -68,14 +68,14 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     splits = []
     for split in ("train", "val"):
         tokens, shards = meta[split]["tokens"], shards_of(meta[split], split)
-        paths, sizes = [folder / shard["file"] for shard in shards], [shard["tokens"] for shard in shards]
-        for path, count in zip(paths, sizes, strict=True):
+        paths = [folder / shard["file"] for shard in shards]
+        for path, shard in zip(paths, shards, strict=True):
             if not path.is_file():  # a pipe would wait for a writer, for ever
                 sys.exit(f"error: {path} {'is not a file' if path.exists() else 'does not exist'}: {way_out}")
             size = path.stat().st_size
-            if size != 2 * count:
-                sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {count} tokens: {way_out}")
-        ids = np.memmap(paths[0], dtype="<u2", mode="r") if len(paths) == 1 else Shards(paths, sizes)
+            if size != 2 * shard["tokens"]:
+                sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {shard['tokens']} tokens: {way_out}")
+        ids = np.memmap(paths[0], dtype="<u2", mode="r") if len(paths) == 1 else Shards(paths)
         small = 2 * tokens < TRUSTED
         for path, shard in zip(paths, shards, strict=True) if small else ():
             sha256, largest = read_through(path)

@@ -1,8 +1,8 @@
 """
 A corpus of any size: an array of token ids in several files, written one after another and read as if it were one.
 
-    ids = Shards(["train_00000.bin", "train_00001.bin"], [10**8, 12_345])
-    block = ids[99_999_000:100_001_000]                     # (2000,) uint16, from both files
+    ids = Shards(["train_00000.bin", "train_00001.bin"])
+    block = ids[99_999_000:100_001_000]         # (2000,) uint16: the end of one file, the start of the next
 
 prepare_data.py writes into data/<name>/unfinished/, and moves the files to data/<name>/ when all are complete. After
 each whole shard it notes in unfinished/state.json how far it is, so an interrupted run goes on from there.
@@ -35,9 +35,10 @@ class Shards:
     while a slice is read. So ten thousand of them open at once, and no limit on open files is met.
     """
 
-    def __init__(self, paths, tokens):
-        """paths: of the .bin files, in order. tokens: how many ids each of them holds."""
-        self.paths, self.ends = paths, list(itertools.accumulate(tokens))
+    def __init__(self, paths):
+        self.paths, stats = paths, [os.stat(path) for path in paths]
+        self.times = [stat.st_mtime_ns for stat in stats]
+        self.ends = list(itertools.accumulate(stat.st_size // 2 for stat in stats))
 
     def __len__(self):
         return self.ends[-1]
@@ -50,19 +51,20 @@ class Shards:
             if begin >= stop:
                 break
             first, last = max(start, begin), min(stop, self.ends[i])
-            parts.append(read_ids(self.paths[i], first - begin, last - first))
+            parts.append(self.read(i, first - begin, max(0, last - first)))
         return np.concatenate(parts)
 
-
-def read_ids(path, offset, count):
-    """`count` ids of a .bin, from number `offset` on."""
-    try:
-        ids = np.fromfile(path, "<u2", count, offset=2 * offset)
-    except OSError as error:
-        sys.exit(f"error: {path}: cannot be read any more ({error.strerror}): put the shard back, then resume")
-    if len(ids) < count:
-        sys.exit(f"error: {path}: became shorter while it was in use: put the whole shard back, then resume")
-    return ids
+    def read(self, i, offset, count):
+        """`count` ids of shard i, from its number `offset` on: (count,) uint16."""
+        path, problem = self.paths[i], "it has changed"
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_mtime_ns == self.times[i]:
+                    file.seek(2 * offset)
+                    return np.frombuffer(file.read(2 * count), "<u2")
+        except OSError as error:
+            problem = error.strerror
+        sys.exit(f"error: {path}: cannot be read any more, {problem}: put the dataset back as it was, then resume")
 
 
 def shards_of(counts, split):

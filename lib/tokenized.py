@@ -21,6 +21,7 @@ from lib.shards import sha256_of_shards
 from lib.tokenizer import END_OF_TEXT, N_SPECIAL, VOCAB_SIZE, encode, token_sizes
 
 ANOTHER = "tokenize again with DocumentTokenizer(tokenizer_name_or_path=SmolLM2's, eos_token='<|endoftext|>')"
+KINDS = ("_unshuffled", "_doc_shuffled", "_chunk_shuffled")  # datatrove deletes the first after it wrote the others
 
 
 def read_tokenized(files, encoding, val_fraction):
@@ -30,6 +31,12 @@ def read_tokenized(files, encoding, val_fraction):
     """
     if len(files) < 2:
         sys.exit(f"error: {files[0].parent} has one .ds file, and val needs another: tokenize with tasks=2 or more")
+    kinds = {kind for kind in KINDS for file in files if file.stem.endswith(kind)}
+    if len(kinds) > 1:
+        both = " and ".join(sorted(f"*{kind}.ds" for kind in kinds))
+        sys.exit(
+            f"error: {files[0].parent} has {both}, perhaps of the same documents: keep one kind, and move the others"
+        )
     held_out = min(len(files) - 1, max(1, round(val_fraction * len(files))))
     tqdm.write(f"val: the last {held_out:,} of {len(files):,} files; a document that is in two files may sit in both")
     if masks := [file for file in files if Path(f"{file}.loss").exists()]:
