@@ -81,9 +81,8 @@ def main(config):
 
     def write(ids, rows=1):
         """Continue the ids `rows` times, yielding the new text of each row, a list of str, token by token."""
-        utf8 = [
-            codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(rows)
-        ]  # a character may span ids
+        new_decoder = codecs.getincrementaldecoder("utf-8")  # a character may span several tokens
+        utf8 = [new_decoder(errors="replace") for _ in range(rows)]
         for new in model.generate(torch.tensor([ids] * rows, device=device), **settings):
             tokens = [b"" if i in stop_ids else encoding.decode_single_token_bytes(i) for i in new.tolist()]
             yield [decoder.decode(token) for decoder, token in zip(utf8, tokens, strict=True)]

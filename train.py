@@ -202,9 +202,8 @@ def train(config):
         model.zero_grad(set_to_none=True)
 
     if config.compile:
-        config = replace(
-            config, compile=try_compiling(model, try_step, say, whole="cuda" in device and world_size == 1)
-        )
+        whole = "cuda" in device and world_size == 1
+        config = replace(config, compile=try_compiling(model, try_step, say, whole))
     network = model if world_size == 1 or config.shard else data_parallel(model)
 
     def get_batch(data, split_number, first, count):

@@ -66,9 +66,8 @@ class Together(torch.optim.Optimizer):
     """Two optimizers as one, with one state dict, because each has parameters of its own."""
 
     def __init__(self, first, second):
+        super().__init__(first.param_groups + second.param_groups, defaults={})
         self.parts = (first, second)
-        self.defaults, self.param_groups = {}, first.param_groups + second.param_groups
-        torch.optim.Optimizer.__init__(self, self.param_groups, {})
         self.share()
 
     def share(self):

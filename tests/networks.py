@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib.tokenizer import tokenizer_json
 from lib.weights import find_weights, load_network, release_source
 
 LLAMA = dict(
@@ -87,6 +88,13 @@ def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+def tokenizer_built_once(monkeypatch, prepare_data, encoding):
+    """Let prepare_data.py take this encoding, and read tokenizer.json once for a whole test."""
+    content_and_place = tokenizer_json()
+    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda official: encoding)
+    monkeypatch.setattr(prepare_data, "tokenizer_json", lambda official: content_and_place)
 
 
 def load(path):

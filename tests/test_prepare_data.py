@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import tokenizer_built_once
 
 import lib.official
 import prepare_data
@@ -40,9 +41,7 @@ ROOT = Path(__file__).parent.parent
 def place(tmp_path, monkeypatch, encoding):
     """A folder to run in. The tokenizer is built once for all tests."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda official: encoding)
-    content_and_place = tokenizer_json()
-    monkeypatch.setattr(prepare_data, "tokenizer_json", lambda official: content_and_place)
+    tokenizer_built_once(monkeypatch, prepare_data, encoding)
     return tmp_path
 
 
@@ -522,12 +521,9 @@ def test_disk_full(place, capsys):
     assert snapshot("data") == before
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
-def test_disk_full_at_the_last_flush(place, capsys, monkeypatch, nth):
-    """Some file systems report a full disk only when a file is flushed: here at the nth of the three files."""
-    path = write_jsonl(STORIES)
-    prepare(f"--dataset={path}", "--max_documents=30")
-    before, calls, real = snapshot("data"), [], os.fsync
+def disk_full_at_flush(monkeypatch, nth):
+    """Some file systems report a full disk only when a file is flushed: here at the nth flush."""
+    calls, real = [], os.fsync
 
     def fsync(descriptor):
         calls.append(descriptor)
@@ -536,6 +532,14 @@ def test_disk_full_at_the_last_flush(place, capsys, monkeypatch, nth):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_disk_full_at_the_last_flush(place, capsys, monkeypatch, nth):
+    path = write_jsonl(STORIES)
+    prepare(f"--dataset={path}", "--max_documents=30")
+    before = snapshot("data")
+    disk_full_at_flush(monkeypatch, nth)
     code, said = failure(capsys, f"--dataset={path}")
     assert code == 1 and re.search(r"^error: data.in: No space left on device: .*--data_dir$", said)
     assert snapshot("data") == before
@@ -654,15 +658,8 @@ def test_text_after_conversations_leaves_no_masks(place, oracle):
 @pytest.mark.parametrize("nth", [1, 5])
 def test_disk_full_at_the_last_flush_of_conversations(place, capsys, monkeypatch, nth):
     prepare(f"--dataset={write_chats(CHATS[:40])}")
-    before, calls, real = snapshot("data"), [], os.fsync
-
-    def fsync(descriptor):
-        calls.append(descriptor)
-        if len(calls) == nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    before = snapshot("data")
+    disk_full_at_flush(monkeypatch, nth)
     assert failure(capsys, f"--dataset={write_chats()}")[0] == 1 and snapshot("data") == before
 
 

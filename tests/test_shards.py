@@ -19,7 +19,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.tokens import DocumentTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import refusal, write_dataset
+from networks import refusal, tokenizer_built_once, write_dataset
 
 import lib.official
 import prepare_data
@@ -38,9 +38,7 @@ STORIES = [f"Story {i}: {'the cat sat on the mat, ' * (i % 9)}it was {i * i}.\n"
 def place(tmp_path, monkeypatch, encoding):
     """A folder to run in. The tokenizer is built once for all tests, and bundles are so short that there are many."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda official: encoding)
-    content_and_place = tokenizer_json()
-    monkeypatch.setattr(prepare_data, "tokenizer_json", lambda official: content_and_place)
+    tokenizer_built_once(monkeypatch, prepare_data, encoding)
     monkeypatch.setattr(prepare_data, "CHUNK", 500)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here, and hundreds of them take seconds
     Path("in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))
