@@ -103,8 +103,11 @@ class TrainConfig(ModelConfig):
                 f"min_lr is {lowest:g}: it must lie between 0 and learning_rate ({self.learning_rate:g}), "
                 f"for example --min_lr={self.learning_rate / 10:g}"
             )
-        if self.muon_learning_rate is not None and not 0 <= self.muon_learning_rate <= 100:
-            raise ValueError(f"muon_learning_rate is {self.muon_learning_rate!r}: it must be a number from 0 to 100")
+        if self.muon_learning_rate is not None and not (0 <= self.muon_learning_rate <= 100 and self.learning_rate):
+            raise ValueError(
+                f"muon_learning_rate is {self.muon_learning_rate!r}: it must be a number from 0 to 100, "
+                "beside a learning_rate above 0"
+            )
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
                 f"block_size {self.block_size} is longer than the context: "

@@ -39,7 +39,7 @@ def build_optimizer(model, config):
     )
     optimizer = adamw
     if hidden:
-        lr = config.muon_learning_rate / config.learning_rate if config.muon_learning_rate else 1.0
+        lr = 1.0 if config.muon_learning_rate is None else config.muon_learning_rate / config.learning_rate
         optimizer = Together(adamw, torch.optim.Muon(hidden, lr=lr, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
     use_settings(optimizer, config)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iter_num: get_lr(config, iter_num))

@@ -486,6 +486,8 @@ def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
     (["--rope_theta=nan"], "rope_theta is nan"),
     (["--num_hidden_layers=1000000000"], "num_hidden_layers is 1000000000"),
     (["--seed=-1"], "seed is -1"),
+    (["--muon_learning_rate=-1"], "muon_learning_rate is -1.0: it must be a number from 0 to 100"),
+    (["--muon_learning_rate=1", "--learning_rate=0"], "beside a learning_rate above 0"),
 ])  # fmt: skip
 def test_numbers_out_of_range_are_refused(place, flags, message):
     """Once where they enter, by name."""
@@ -737,6 +739,14 @@ def test_out_of_memory(place, monkeypatch):
 
     monkeypatch.setattr(train.SmolLM2, "forward", full)
     assert run("--out_dir=a").startswith("error: out of memory (CUDA out of memory): lower batch_size (4)")
+
+
+def test_a_muon_learning_rate_of_zero_is_not_the_default(place):
+    """Nothing moves the blocks' matrices then."""
+    run("--optimizer=muon", "--muon_learning_rate=0", "--out_dir=a", "--max_iters=2")
+    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu", None).state_dict()
+    moved = {name for name, p in load("a")["model"].items() if not torch.equal(p, initial[name])}
+    assert "model.embed_tokens.weight" in moved and not any("proj" in name for name in moved)
 
 
 def test_muon_against_two_optimizers_of_torch(place):
