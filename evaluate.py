@@ -26,6 +26,7 @@ from tqdm import tqdm
 from configurator import configure
 from lib.dataset import open_data
 from lib.errors import one_line_errors
+from lib.estimates import ratio
 from lib.files import written_whole
 from lib.machine import autocast, pick_device, pick_matmul
 from lib.readers import ROWS, decoded, format_of
@@ -207,19 +208,6 @@ def read_text(config, vocab_size, window, encoding):
 
 # ---------------------------------------------------------------------------------------------
 # Results: {name of a number: (value, standard error)}
-
-
-def ratio(numerators, denominators):
-    """
-    sum(numerators) / sum(denominators) over independent units, and its standard error, to first order. With
-    denominators of one: the mean and its usual standard error. NaN for the error of a single unit.
-    """
-    n, total = len(numerators), denominators.sum()
-    if not total:
-        return math.nan, math.nan
-    value = numerators.sum() / total
-    residuals = numerators - value * denominators
-    return float(value), math.sqrt(n / (n - 1) * (residuals**2).sum()) / float(total) if n > 1 else math.nan
 
 
 def text_results(text, losses, sizes, by_position):

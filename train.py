@@ -28,6 +28,7 @@ from lib.batches import get_blocks, mix
 from lib.checkpoint import check_state, keep_or_overwrite, read_checkpoint, write_checkpoint
 from lib.dataset import open_data
 from lib.errors import one_line_errors
+from lib.estimates import ratio
 from lib.files import owned_folder
 from lib.log import closing, open_log, opening, plot_log, printer, resuming
 from lib.machine import autocast, keep_memory, mfu, pick_matmul, to_device, try_compiling
@@ -224,16 +225,16 @@ def train(config):
 
     @torch.no_grad()
     def evaluate():
-        """Mean loss per token over eval_iters batches of val.bin, the same ones every time."""
-        total = torch.zeros(2, device=device)  # nats, tokens
+        """Loss per token over eval_iters batches of val.bin, the same ones every time, and its standard error."""
+        sums = torch.zeros(2, config.eval_iters + world_size, device=device)  # of each batch: its nats, its tokens
         for i in range(rank, config.eval_iters + rank, world_size):  # as often in every process: sharded, all take part
             x, y = get_batch(val_data, 1, i * config.batch_size, config.batch_size)
             with autocast(device, config.dtype):
-                n = count_tokens(y) * (i < config.eval_iters)
-                total += torch.stack((model(x, y) * n, n))
+                n = count_tokens(y)
+                sums[:, i] = torch.stack((model(x, y) * n, n))
         if world_size > 1:
-            dist.all_reduce(total)
-        return (total[0] / total[1]).item()
+            dist.all_reduce(sums)
+        return ratio(*sums[:, : config.eval_iters].cpu().double().numpy())
 
     def sample():
         """A text that begins with sample_prompt, from a generator of its own, so that sampling changes nothing."""
@@ -265,20 +266,20 @@ def train(config):
 
     # ---- The loop
     stop_signals = note_signals()  # from here on, Ctrl-C and SIGTERM stop the run after the iteration, with a save
+    bits = meta["val"]["loss_tokens"] / meta["val"]["bytes"] / math.log(2)  # per byte, for each nat per token
     bar.n = iter_num
     seconds, last_logged, batch = 0.0, iter_num, train_batch(iter_num)
     while True:
         # evaluate on val.bin, and keep the best weights if asked to
         done = iter_num >= config.max_iters
         if iter_num % config.eval_interval == 0 or done:
-            val_loss = evaluate()
+            val_loss, val_stderr = evaluate()
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            bits = val_loss / math.log(2) * meta["val"]["loss_tokens"] / meta["val"]["bytes"]
-            note = " (best so far)" if best else ""
-            say(f"iter {iter_num:6d} | val loss {val_loss:.4f} nats/token = {bits:.4f} bits/byte{note}")
+            nats, note = f"{val_loss:.4f} ± {val_stderr:.4f} nats/token", " (best so far)" if best else ""
+            say(f"iter {iter_num:6d} | val loss {nats} = {val_loss * bits:.4f} bits/byte{note}")
             if rank == 0:
-                log(iter=iter_num, val_loss=val_loss)
-                plot_log(log_path, out_dir / "loss.png", say)
+                log(iter=iter_num, val_loss=val_loss, val_stderr=val_stderr)
+                plot_log(log_path, out_dir / "loss.png", bits, resumed_at, say)
             if best and config.save_best:
                 save("best.pt")
         if config.sample_interval and (iter_num % config.sample_interval == 0 or done):

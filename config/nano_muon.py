@@ -1,8 +1,8 @@
 # config/nano.py with another optimizer: Muon on the blocks' matrices, AdamW on the embedding and the norms.
 #
 # Muon makes each update of a matrix nearly orthogonal by five rounds of products of the matrix with itself. Here that
-# costs about a fifth more time an iteration; for the 135M network it is 1.46 TFLOP an update, 4.7 times the training on 384
-# tokens (config/toy.py) and a tenth of it on 16,384. So it pays on small matrices or on batches of many tokens.
+# costs about a fifth more time an iteration. For the 135M network it is 1.46 TFLOP an update, 4.7 times the training on
+# 384 tokens (config/toy.py) and a tenth of it on 16,384. So it pays on small matrices or on batches of many tokens.
 
 out_dir = "out/nano_muon"
 

@@ -4,7 +4,7 @@ What a run tells: the lines it opens and closes with, out/log.csv, and the curve
     log, sync_log = open_log("out/log.csv", iter_num, log_interval=10, say=print)    # a resume first cuts later rows
     log(iter=10, loss=9.8, lr=3e-4)                       # one row; a metric not given stays empty
     sync_log()                                            # all rows are on the disk, as safe as a checkpoint
-    plot_log("out/log.csv", "out/loss.png")
+    plot_log("out/log.csv", "out/loss.png", bits, resumed_at, print)
 
 A new metric is a name in COLUMNS and a value in train.py's call of log().
 """
@@ -18,13 +18,15 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lib.errors import silence_stdout
 from lib.files import written_whole
 from lib.machine import peak_memory
+from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 
-COLUMNS = ["iter", "loss", "lr", "grad_norm", "val_loss", "ms", "tok_per_s"]
+COLUMNS = ["iter", "loss", "lr", "grad_norm", "val_loss", "val_stderr", "ms", "tok_per_s"]
 
 
 def opening(config, meta, model, iter_num, world_size):
@@ -148,28 +150,41 @@ def is_float(text):
     return text.isascii()
 
 
-def plot_log(log_path, path, say):
-    """Draw training and validation loss by iteration, from log.csv. A failure is told with say() and ends nothing."""
-    import matplotlib
+def plot_log(log_path, path, bits, resumed_at, say):
+    """
+    Draw training and validation loss by iteration, from log.csv. A failure is told with say() and ends nothing.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    bits        bits per byte of val.bin for each nat per token, for the axis on the right
+    resumed_at  iteration from which this run was resumed, for a dotted line, or None
+    """
     _, rows, _ = read_log(log_path)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for column, label, style in (("loss", "train (one batch)", "-"), ("val_loss", "val", "o-")):
-        points = [(int(row["iter"]), float(row[column])) for row in rows if row.get(column)]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.set(xlabel="iteration", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
+    figure, axes = new_picture()
+    train = np.array([(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]).reshape(-1, 2)
+    val = [(int(row["iter"]), *(float(row.get(name) or "nan") for name in ("val_loss", "val_stderr"))) for row in rows]
+    val = np.array(val).reshape(-1, 3)
+    val = val[~np.isnan(val[:, 1])]
+    axes.plot(*train.T, color=BLUE, alpha=0.25, linewidth=1, label="train, one batch")
+    window = len(train) // 25
+    if window > 1:
+        iters, loss = (np.convolve(column, np.ones(window) / window, "valid") for column in train.T)
+        width = round(window * (train[-1, 0] - train[0, 0]) / (len(train) - 1))
+        axes.plot(iters, loss, color=BLUE, linewidth=2, label=f"train, mean of {width:,} iterations")
+    axes.errorbar(*val.T, color=ORANGE, fmt="o-", markersize=4, capsize=3, linewidth=1.5, label="val, ± standard error")
+    # The first iterations fall from ln(vocab_size) and would press the rest flat: they may leave through the top.
+    points = np.concatenate((train, val[:, :2]))
+    later = points[points[:, 0] > points[:, 0].max(initial=0) / 20, 1]
+    if len(later) > 10 and np.isfinite(later).all():
+        axes.set_ylim(later.min() - 0.2, later.max() + 0.2)
+    if resumed_at is not None:
+        axes.axvline(resumed_at, color=GREY, linestyle=":", label="resumed")
+    axes.set(xlabel="iteration", ylabel="nats per token")
+    right = axes.secondary_yaxis("right", functions=(lambda nats: nats * bits, lambda bpb: bpb / bits))
+    right.set_ylabel("bits per byte")
     axes.legend()
     try:
-        with written_whole(path) as file:
-            figure.savefig(file, dpi=120, format="png")
+        save_picture(figure, path)
     except OSError as error:
         say(f"note: {path} could not be written ({error.strerror})")
-    plt.close(figure)
 
 
 def closing(out_dir, model, device, resumed_at):
@@ -177,9 +192,10 @@ def closing(out_dir, model, device, resumed_at):
     _, rows, _ = read_log(out_dir / "log.csv")
     lines = [f"parameters  {sum(p.numel() for p in model.parameters()):,}"]
     lines.append(f"memory      {peak_memory(device):.2f} GB at most")
-    val = [(row["iter"], float(row["val_loss"])) for row in rows if row.get("val_loss")]
-    if val:
-        lines += [f"val loss    {loss:.4f} at iteration {iter_num}" for iter_num, loss in (val[0], val[-1])]
+    val = [row for row in rows if row.get("val_loss")]
+    for row in (val[0], val[-1]) if val else ():
+        error = float(row.get("val_stderr") or "nan")
+        lines.append(f"val loss    {float(row['val_loss']):.4f} ± {error:.4f} at iteration {row['iter']}")
     if resumed_at is not None:
         losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]
         before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
@@ -189,7 +205,7 @@ def closing(out_dir, model, device, resumed_at):
                 mean, error = statistics.mean(some), statistics.stdev(some) / len(some) ** 0.5
                 numbers = " ".join(f"{loss:.4f}" for loss in some)
                 lines.append(
-                    f"resume      train loss {when}: {numbers}, mean {mean:.2f} +- {error:.2f} (standard error)"
+                    f"resume      train loss {when}: {numbers}, mean {mean:.2f} ± {error:.2f} (standard error)"
                 )
     lines.append(f"files       {', '.join(str(out_dir / name) for name in ('ckpt.pt', 'log.csv', 'loss.png'))}")
     return "\n".join(lines)

@@ -196,7 +196,7 @@ def state(folder):
     for key in ("model", "optimizer", "scheduler", "iter_num", "best_val_loss"):
         walk(key, checkpoint[key])
     with open(folder / "out/log.csv", newline="") as file:
-        found |= {f"row {i}": tuple(row[:5]) for i, row in enumerate(csv.reader(file))}
+        found |= {f"row {i}": tuple(row[:6]) for i, row in enumerate(csv.reader(file))}
     return found
 
 

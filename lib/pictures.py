@@ -1,0 +1,36 @@
+"""
+Pictures that read on a light page and on a dark one: no background, and grey text.
+
+    figure, axes = new_picture()
+    axes.plot(...)
+    save_picture(figure, "out/loss.png")
+"""
+
+from lib.files import written_whole
+
+GREY = "#808080"  # equally far from white and from black
+BLUE, ORANGE, GREEN, PURPLE = "#3b82f6", "#f97316", "#10b981", "#a855f7"
+
+
+def new_picture(columns=1, width=8.0, height=4.5):
+    """(figure, axes) of matplotlib, `columns` axes side by side, in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into a file, without a screen
+    import matplotlib.pyplot as plt
+
+    grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    style = dict.fromkeys(grey, GREY) | {"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "font.size": 11}
+    plt.rcParams.update(style)
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def save_picture(figure, path):
+    """Write a PNG of 120 pixels per inch. Raises OSError where that fails."""
+    import matplotlib.pyplot as plt
+
+    try:
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=120, format="png", transparent=True)
+    finally:
+        plt.close(figure)
