@@ -18,7 +18,7 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     checkpoint   ckpt.pt, its keys and versions
     log          log.csv, loss.png, the closing summary
     estimates    a number with its standard error
-    pictures     what all pictures share: they read on a light and on a dark page
+    pictures     a picture that reads on a light and on a dark page
     trackers     log.csv's rows to trackio, wandb or tensorboard
     config_file  `name = value` files -> settings
     files        files written whole, folders with one writer, sha256

@@ -9,11 +9,11 @@ Pictures that read on a light page and on a dark one: no background, and grey te
 from lib.files import written_whole
 
 GREY = "#808080"  # equally far from white and from black
-BLUE, ORANGE, GREEN, PURPLE = "#3b82f6", "#f97316", "#10b981", "#a855f7"
+BLUE, ORANGE = "#3b82f6", "#f97316"
 
 
-def new_picture(columns=1, width=8.0, height=4.5):
-    """(figure, axes) of matplotlib, `columns` axes side by side, in inches."""
+def new_picture():
+    """(figure, axes) of matplotlib, 8 x 4.5 inches."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws into a file, without a screen
@@ -22,7 +22,7 @@ def new_picture(columns=1, width=8.0, height=4.5):
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = dict.fromkeys(grey, GREY) | {"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "font.size": 11}
     plt.rcParams.update(style)
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(figsize=(8, 4.5), layout="constrained")
 
 
 def save_picture(figure, path):
