@@ -13,10 +13,12 @@ Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value h
 V vocabulary, S positions held in the KV cache.
 """
 
+import platform
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch._inductor.config
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -364,6 +366,12 @@ def parameter_table(config):
 
 # ---------------------------------------------------------------------------------------------
 # The same, faster. Nothing below changes what the network computes, only how long it takes.
+
+
+# torch.compile writes C++ that is vectorized already. When GCC 12 vectorizes it once more, transposed tiles of bf16 can
+# come out wrong, and gradients with them (seen on an Emerald Rapids CPU). So GCC is told not to.
+if platform.system() == "Linux" and platform.machine() == "x86_64" and torch._inductor.config.cpp.march is None:
+    torch._inductor.config.cpp.march = "native -fno-tree-slp-vectorize"
 
 
 def linear(x, weight):

@@ -31,7 +31,7 @@ from lib.errors import one_line_errors
 from lib.estimates import ratio
 from lib.files import owned_folder
 from lib.log import closing, open_log, opening, plot_log, printer, resuming
-from lib.machine import autocast, keep_memory, mfu, pick_matmul, to_device, try_compiling
+from lib.machine import autocast, check_compiled, keep_memory, mfu, pick_matmul, to_device, try_compiling
 from lib.optimizer import build_optimizer, load_optimizer
 from lib.parallel import clip_gradient, data_parallel, exchange_gradients, shard, to_parts, to_whole
 from lib.processes import end_on_signals, end_processes, note_signals, start_processes
@@ -201,6 +201,8 @@ def train(config):
     def try_step():
         x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
         with autocast(device, config.dtype):
+            if device == "cpu":
+                check_compiled(config)
             loss = model(x, x)
         loss.backward()
         model.zero_grad(set_to_none=True)

@@ -16,6 +16,8 @@ import time
 
 import torch
 
+from model import Block, rope_tables
+
 
 def pick_device(device, local_rank=0):
     """`device` as torch takes it. Ends the program with one line if it cannot be used here."""
@@ -146,3 +148,22 @@ def try_compiling(model, use, say, whole=False):
         model.compiled = False
         return False
     return True
+
+
+def check_compiled(config):
+    """
+    Compile one block, for the shapes of training on a CPU. Raises ArithmeticError where its gradients are not those of
+    the eager one, up to the rounding of bf16: then the C++ compiler is wrong. config is a TrainConfig.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(config.batch_size, config.block_size, config.hidden_size, generator=generator).requires_grad_()
+    cos, sin = rope_tables(config, config.block_size)
+    block, gradients = Block(config), []
+    block.compile()
+    for stance in ("default", "force_eager"):
+        with torch.compiler.set_stance(stance):
+            y = block(x, cos, sin)
+        gradients.append(torch.autograd.grad(y, (x, *block.parameters()), x.detach()))
+    error = torch.stack([(ours - eager).norm() / eager.norm() for ours, eager in zip(*gradients, strict=True)]).max()
+    if not error < 0.05:  # a max with a NaN in it is NaN, which is not
+        raise ArithmeticError(f"the C++ compiler computes wrong gradients, by {error:.1%}")

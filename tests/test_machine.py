@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import model as model_py
 from lib import processes
-from lib.machine import mfu, pick_device, pick_matmul
+from lib.machine import autocast, check_compiled, mfu, pick_device, pick_matmul
 from model import ModelConfig, SmolLM2
+from train import TrainConfig
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
@@ -147,3 +149,20 @@ def test_memory_is_kept():
     )
     first, second = map(int, result.stdout.split())
     assert second < 100 < first
+
+
+def test_compiled_gradients_are_checked(monkeypatch):
+    """This compiler's, at the shape where GCC 12 was wrong; and those of an attention that is compiled wrongly."""
+    config = TrainConfig(batch_size=4, block_size=128)
+    with autocast("cpu", "bfloat16"):
+        check_compiled(config)
+    attend = model_py.attend
+
+    def wrong(q, k, v):
+        return attend(q, k * torch.nan if torch.compiler.is_compiling() else k, v)
+
+    monkeypatch.setattr(model_py, "attend", wrong)
+    torch.compiler.reset()
+    with pytest.raises(ArithmeticError, match="wrong gradients, by nan"):
+        check_compiled(config)
+    torch.compiler.reset()
