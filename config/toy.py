@@ -9,7 +9,7 @@ max_position_embeddings = 128  # as long as the training sequences; longer sampl
 
 max_iters = 5000
 learning_rate = 6e-4
-beta2 = 0.99  # batches of few tokens: a rare token's second moment must be remembered for longer
+beta2 = 0.995  # batches of few tokens: a rare token's second moment must be remembered for longer
 schedule = "wsd"
 warmup_iters = 200
 lr_decay_iters = 5000
