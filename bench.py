@@ -5,6 +5,7 @@ machine's limit.
     python bench.py                          # every row: half an hour to an hour on 2 cores
     python bench.py --quick                  # two or three minutes: one turn each, only the short rows
     python bench.py --rows=train,tokenize    # some of them
+    python bench.py --plot=True              # and out/bench.png, bars beside the machine's limit
 
 Each measurement runs in a process of its own, and the competitors take turns, so that a busy minute does not hit
 only one of them. Figures are medians. Compare the ratios, because machines differ and so do their minutes.
@@ -30,12 +31,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from configurator import configure, reject
 from lib.checkpoint import read_checkpoint, write_checkpoint
 from lib.dataset import open_data
 from lib.machine import autocast, keep_memory, mfu, peak_memory, pick_matmul
 from lib.official import wheel_gguf
+from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 from lib.tokenizer import encode_array, load_tokenizer, tokenizer_json
 from model import PRESETS, SmolLM2
 
@@ -51,6 +54,7 @@ class BenchConfig:
     repeats: int = 3  # turns per competitor
     quick: bool = False  # one turn each, only the short rows
     dtype: str = "auto"  # auto, float32 or bfloat16: ours, and the tuned peer's
+    plot: bool = False  # draw the speeds as shares of the machine's limit, to out/bench.png
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,12 +284,13 @@ def in_turn(repeats, **competitors):
     {name: {figure: [values]}}.
     """
     figures = {name: {} for name in competitors}
-    for _ in range(repeats):
-        for name, (function, *arguments) in competitors.items():
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                result = process.submit(function, *arguments).result()
-            for figure, value in result.items():
-                figures[name].setdefault(figure, []).append(value)
+    turns = tqdm(list(competitors.items()) * repeats, disable=None, leave=False, dynamic_ncols=True)
+    for name, (function, *arguments) in turns:
+        turns.set_description(f"{function.__name__}, {name}")
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            result = process.submit(function, *arguments).result()
+        for figure, value in result.items():
+            figures[name].setdefault(figure, []).append(value)
     return figures
 
 
@@ -299,7 +304,8 @@ class SpeedTable:
     def __init__(self):
         self.rows = {}
         names = ("ours", "peer", "tuned", "llama", "limit")
-        print(f"{'':<28}" + "".join(f"{name:>9}" for name in names) + f" {'':<6}     ours / " + " ".join(names[1:]))
+        head = "".join(f"{name:>9}" for name in names) + f" {'':<6}     ours / " + " ".join(names[1:])
+        print(f"{'':<28}{head}", flush=True)
 
     def row(self, name, unit, figure, figures):
         values = {who: figures[who][figure] for who in COMPETITORS if who in figures}
@@ -314,6 +320,31 @@ class SpeedTable:
         ratios = "".join(cell(row.get(ratio), 7, 2) for ratio in RATIOS.values())
         low, high = self.rows[name]["spread"]["ours"]
         print(f"{name:<28}{numbers} {unit:<6}{ratios}   {low:,.4g} to {high:,.4g}", flush=True)
+
+
+def draw(rows, path):
+    """Bars: each one's speed as a share of the machine's limit, for those rows of a SpeedTable that have one."""
+    rows = {name: row for name, row in rows.items() if row["unit"] == "tok/s" and "limit" in row}
+    looks = dict(
+        peer=dict(label="transformers", color=GREY, alpha=0.5),
+        peer_tuned=dict(label="transformers, tuned", color=GREY),
+        llama_cpp=dict(label="llama.cpp", color=ORANGE),
+        ours=dict(label="this project", color=BLUE),
+    )
+    figure, axes = new_picture()
+    for who, look in looks.items():
+        beside = [[other for other in looks if other in row] for row in rows.values()]  # the bars of each row
+        places = [i + 0.2 * (names.index(who) - len(names) / 2) for i, names in enumerate(beside) if who in names]
+        shares = [row[who] / row["limit"] for row in rows.values() if who in row]
+        axes.barh(places, shares, 0.2, align="edge", **look)
+    axes.axvline(1, color=GREY, linestyle=":", label="the machine's limit")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=10, columnspacing=1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_picture(figure, path)
+    print(f"drawn: {path}")
 
 
 def bench_training(table, matmul, repeats, steps, shapes):
@@ -413,11 +444,13 @@ def main(config):
         open_data("python", NETWORK.vocab_size, 256)  # train.py will read it: better missed now than after an hour
     matmul, fp32 = pick_matmul(config.dtype, "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
     cpu, threads = processor(), torch.get_num_threads()
-    print(f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}")
+    print(
+        f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}; minutes a row", flush=True
+    )
     table, quick = SpeedTable(), config.quick
     repeats, steps, new = (1, 1, 32) if quick else (config.repeats, 3, 128)
     if "train" in rows:
-        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last is config/toy.py's shape
+        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last: as few tokens as a laptop takes
         bench_training(table, matmul, repeats, steps, shapes[:1] if quick else shapes)
     if "decode" in rows:
         shapes = [(1, 16, matmul), (8, 16, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])
@@ -443,6 +476,8 @@ def main(config):
         limit = dict(limit=figures["torch"])
         table.row("startup", "s", "seconds", dict(ours=figures["ours"]) | limit)
         table.row("startup_imports", "s", "seconds", dict(ours=figures["imports"]) | limit)
+    if config.plot:
+        draw(table.rows, "out/bench.png")
     print(json.dumps(dict(cpu=cpu, threads=threads, dtype=matmul[0], rows=table.rows)))
 
 

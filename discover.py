@@ -18,7 +18,6 @@ The exit code is 1 if the evidence contradicts the release's own config, or if t
 """
 
 import hashlib
-import io
 import json
 import pydoc_data.topics
 import sys
@@ -32,10 +31,12 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, reject
+from lib.errors import one_line_errors
 from lib.files import written_whole
 from lib.formats import is_gguf
 from lib.layouts import deinterleave, tile_heads
 from lib.official import SHA256, describe, find_release, wheel_gguf
+from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
 from lib.weights import (
     build,
@@ -438,21 +439,13 @@ def base_config(findings):
     return dict(sorted(fields.items()))
 
 
-def write(path, content):
-    """Write the bytes `content` to `path`, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
-            file.write(content)
-    except OSError as error:
-        sys.exit(f"error: {path} could not be written ({error.strerror}): give another --out_dir")
-
-
 def prove(findings, sources, path):
     """Write config.json and print where each field comes from. True if it is the official file."""
     fields = base_config(findings)
     content = (json.dumps(fields, indent=2) + "\n").encode()
-    write(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        file.write(content)
     told = findings | {"rope_interleaved": findings["rope_layout"]}
     found = [name for name in fields if name in told]
     others = [name for name in fields if name not in told | FROM_YAML]
@@ -472,25 +465,20 @@ def prove(findings, sources, path):
 
 def draw(reader, hypothesis, sources, tokens, context, path):
     """Plot NLL by theta and NLL by position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, (left, right) = new_picture(panels=2)
     claimed = {source: said["rope_theta"] for source, said in sources.items() if said}
     readings = {theta: reader.nll(hypothesis._replace(rope_theta=theta), context) for theta in claimed.values()}
     for rival, nll in reader.known.items():
         if rival == hypothesis._replace(rope_theta=rival.rope_theta):
             readings[rival.rope_theta] = nll
-    for n, style in {tokens: "o-", context: "s--"}.items():
+    for n, style, colour in ((tokens, "o-", BLUE), (context, "s--", ORANGE)):
         long_enough = {theta: nll[:n] for theta, nll in sorted(readings.items()) if len(nll) >= n}
         curve = {theta: paired(nll, long_enough[hypothesis.rope_theta]) for theta, nll in long_enough.items()}
         means, errors = [d.mean for d in curve.values()], [2 * d.error for d in curve.values()]
-        left.errorbar([*curve], means, errors, fmt=style, capsize=3, label=f"on the first {n:,} tokens")
+        left.errorbar([*curve], means, errors, fmt=style, color=colour, capsize=3, label=f"on the first {n:,} tokens")
     for theta in set(claimed.values()):
         names = "\n".join(source for source in claimed if claimed[source] == theta)
-        left.axvline(theta, color="grey", linewidth=0.8, linestyle=":")
+        left.axvline(theta, color=GREY, linestyle=":")
         left.text(theta, 0.98, names, transform=left.get_xaxis_transform(), ha="center", va="top", fontsize=8)
     left.set_xscale("log")
     left.set_yscale("symlog", linthresh=0.01)
@@ -509,13 +497,13 @@ def draw(reader, hypothesis, sources, tokens, context, path):
     right.set(xlabel="position (tokens)", ylabel=f"NLL, mean of {width:,} tokens", ylim=(0, None))
     right.set_title("How far the network reads")
     right.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    write(path, png.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(figure, path)
     print(f"drawn: {path}")
 
 
 @torch.no_grad()
+@one_line_errors("close other programs, or give a shorter --context")
 def main(config):
     tokens, context = config.tokens, config.context
     if tokens < GLANCE or context < tokens:

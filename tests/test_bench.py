@@ -30,6 +30,26 @@ def test_ratios_are_of_medians(capsys):
     )
 
 
+def test_bars_are_shares_of_the_limit(monkeypatch):
+    rows = dict(
+        train=dict(unit="tok/s", ours=60.0, peer=20.0, peer_tuned=40.0, limit=80.0),
+        memory=dict(unit="GB", ours=1.0, peer=2.0),
+        decode=dict(unit="tok/s", ours=30.0, peer=10.0, llama_cpp=44.0, limit=40.0),
+        prefill=dict(unit="tok/s", ours=30.0, peer=10.0),
+    )
+    saved = []
+    monkeypatch.setattr(bench, "save_picture", lambda figure, path: saved.append(figure))
+    bench.draw(rows, "out/bench.png")
+    axes = saved[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["train", "decode"]
+    bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert bars == {
+        "transformers": [0.25, 0.25], "transformers, tuned": [0.5], "llama.cpp": [1.1], "this project": [0.75, 0.75]
+    }  # fmt: skip
+    places = sorted(bar.get_y() for bars in axes.containers for bar in bars)
+    assert all(b - a > 0.19 for a, b in zip(places, places[1:], strict=False))  # none hides another
+
+
 def test_the_rows_of_a_gpu(capsys, monkeypatch):
     """An H100 at the 388,061 tokens per second of docs/scale.md: 40 % of its peak, at T = 2,048."""
     measured = []
