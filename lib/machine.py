@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from model import Block, rope_tables
+from model import Block, ChunkedCrossEntropy, cross_entropy, rope_tables
 
 
 def pick_device(device, local_rank=0):
@@ -152,18 +152,22 @@ def try_compiling(model, use, say, whole=False):
 
 def check_compiled(config):
     """
-    Compile one block, for the shapes of training on a CPU. Raises ArithmeticError where its gradients are not those of
-    the eager one, up to the rounding of bf16: then the C++ compiler is wrong. config is a TrainConfig.
+    Compile what training on a CPU compiles, for its shapes: one block, and the loss of one chunk of tokens. Raises
+    ArithmeticError where the gradients are not those of the eager ones, up to the rounding of bf16: then the C++
+    compiler is wrong. config is a TrainConfig.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(config.batch_size, config.block_size, config.hidden_size, generator=generator).requires_grad_()
+    head = torch.randn(config.vocab_size, config.hidden_size, generator=generator).mul_(0.02).requires_grad_()
     cos, sin = rope_tables(config, config.block_size)
     block, gradients = Block(config), []
     block.compile()
-    for stance in ("default", "force_eager"):
-        with torch.compiler.set_stance(stance):
+    for compiled in (True, False):
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
             y = block(x, cos, sin)
-        gradients.append(torch.autograd.grad(y, (x, *block.parameters()), x.detach()))
+        few = y.flatten(0, 1)[: ChunkedCrossEntropy.CHUNK["cpu"]]
+        loss = cross_entropy(few, head, torch.arange(len(few)) % config.vocab_size, compiled)
+        gradients.append(torch.autograd.grad(loss, (x, head, *block.parameters())))
     error = torch.stack([(ours - eager).norm() / eager.norm() for ours, eager in zip(*gradients, strict=True)]).max()
     if not error < 0.05:  # a max with a NaN in it is NaN, which is not
         raise ArithmeticError(f"the C++ compiler computes wrong gradients, by {error:.1%}")
