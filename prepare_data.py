@@ -68,9 +68,7 @@ class PrepareConfig:
     data_dir: str = "data"  # the folder that holds all datasets; train.py reads data/
     val_fraction: float = 0.1  # share of the documents held out for validation, between 0 and 1
     official: str = "base"  # the release whose tokenizer is used; all SmolLM2 releases share one
-    suffixes: str = (
-        ""  # further suffixes that are plain text: .c,.h,.rs or all, which takes every text file of a folder
-    )
+    suffixes: str = ""  # further suffixes of plain text: .c,.h,.rs; all takes every text file of a folder
     text_column: str = "text"  # rows: the column that holds the text; a row without it may be a conversation
     prompt_column: str = ""  # conversations: the column of the user's words, where its name does not tell
     answer_column: str = ""  # conversations: the column of the assistant's; the two go before text_column
