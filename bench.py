@@ -331,10 +331,10 @@ def draw(rows, path):
         llama_cpp=dict(label="llama.cpp", color=ORANGE),
         ours=dict(label="this project", color=BLUE),
     )
+    bars = [[who for who in looks if who in row] for row in rows.values()]  # of each row
     figure, axes = new_picture()
     for who, look in looks.items():
-        beside = [[other for other in looks if other in row] for row in rows.values()]  # the bars of each row
-        places = [i + 0.2 * (names.index(who) - len(names) / 2) for i, names in enumerate(beside) if who in names]
+        places = [i + 0.2 * (here.index(who) - len(here) / 2) for i, here in enumerate(bars) if who in here]
         shares = [row[who] / row["limit"] for row in rows.values() if who in row]
         axes.barh(places, shares, 0.2, align="edge", **look)
     axes.axvline(1, color=GREY, linestyle=":", label="the machine's limit")
@@ -342,7 +342,6 @@ def draw(rows, path):
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=5, fontsize=10, columnspacing=1)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_picture(figure, path)
     print(f"drawn: {path}")
 

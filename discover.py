@@ -497,7 +497,6 @@ def draw(reader, hypothesis, sources, tokens, context, path):
     right.set(xlabel="position (tokens)", ylabel=f"NLL, mean of {width:,} tokens", ylim=(0, None))
     right.set_title("How far the network reads")
     right.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_picture(figure, path)
     print(f"drawn: {path}")
 

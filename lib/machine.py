@@ -169,5 +169,5 @@ def check_compiled(config):
         loss = cross_entropy(few, head, torch.arange(len(few)) % config.vocab_size, compiled)
         gradients.append(torch.autograd.grad(loss, (x, head, *block.parameters())))
     error = torch.stack([(ours - eager).norm() / eager.norm() for ours, eager in zip(*gradients, strict=True)]).max()
-    if not error < 0.05:  # a max with a NaN in it is NaN, which is not
+    if not error < 0.05:  # written so that NaN is refused as well
         raise ArithmeticError(f"the C++ compiler computes wrong gradients, by {error:.1%}")

@@ -6,6 +6,8 @@ Pictures that read on a light page and on a dark one: no background, and grey te
     save_picture(figure, "out/loss.png")
 """
 
+from pathlib import Path
+
 from lib.files import written_whole
 
 GREY = "#808080"  # equally far from white and from black
@@ -26,10 +28,11 @@ def new_picture(panels=1):
 
 
 def save_picture(figure, path):
-    """Write a PNG of 120 pixels per inch. Raises OSError where that fails."""
+    """Write a PNG of 120 pixels per inch, and its folder if there is none. Raises OSError where that fails."""
     import matplotlib.pyplot as plt
 
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
             figure.savefig(file, dpi=120, format="png", transparent=True)
     finally:
