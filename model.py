@@ -13,6 +13,7 @@ Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value h
 V vocabulary, S positions held in the KV cache.
 """
 
+import math
 import platform
 from dataclasses import dataclass
 from typing import ClassVar
@@ -408,7 +409,10 @@ def cross_entropy(x, head, targets, compiled=False):
     """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,), -1 for none."""
     if x.device.type == "cpu":  # a GPU would have to wait for the count
         kept = targets >= 0
-        x, targets = (x, targets) if kept.all() else (x[kept], targets[kept])  # what carries no loss needs no logits
+        n = 64 * math.ceil(int(kept.sum()) / 64)  # few different numbers, because each new shape costs memory
+        if n < len(x):  # what carries no loss needs no logits
+            rows = kept.argsort(descending=True, stable=True)[:n]
+            x, targets = x[rows], targets[rows]
     return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled(), compiled)
 
 

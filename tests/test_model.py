@@ -252,6 +252,25 @@ def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks, compiled):
     torch.testing.assert_close(torch.autograd.grad(loss, (x, head)), expected_grads, atol=1e-5, rtol=0)
 
 
+def test_cross_entropy_of_conversations_takes_few_shapes(monkeypatch):
+    """However many tokens are masked: the loss of torch, from a multiple of 64 rows of logits."""
+    apply, sizes = model_py.ChunkedCrossEntropy.apply, []
+    record = lambda x, *others: sizes.append(len(x)) or apply(x, *others)  # noqa: E731
+    monkeypatch.setattr(model_py.ChunkedCrossEntropy, "apply", record)
+    for count in (0, 1, 64, 65, 199, 299, 300):
+        x, head, targets = loss_inputs(N=300)
+        targets[torch.randperm(300, generator=torch.Generator().manual_seed(count))[count:]] = -1
+        loss = cross_entropy(x, head, targets)
+        if not count:
+            assert loss == 0 and all(not g.any() for g in torch.autograd.grad(loss, (x, head)))
+            continue
+        expected = F.cross_entropy(F.linear(x, head), targets, ignore_index=-1)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+        grads, exact = (torch.autograd.grad(value, (x, head)) for value in (loss, expected))
+        torch.testing.assert_close(grads, exact, atol=1e-5, rtol=0)
+    assert sizes == [0, 64, 64, 128, 256, 300, 300]
+
+
 def test_cross_entropy_under_autocast(small_chunks):
     x, head, targets = loss_inputs()
     expected = F.cross_entropy(F.linear(x, head), targets)
