@@ -383,10 +383,14 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
+# The matrix unit of some CPUs, which makes torch's fused attention the fastest there
+AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def attend_long(q, k, v):
     """attend() for long sequences, and on GPUs: without storing the (T, T) scores."""
     training = q.requires_grad and torch.compiler.is_compiling()
-    if training and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not AMX:
         # 512 queries at a time, with the keys up to theirs; backward makes their weights again, to save memory
         ends = range(512, q.shape[2] + 512, 512)
         parts = [(q[:, :, end - 512 : end], k[:, :, :end], v[:, :, :end]) for end in ends]

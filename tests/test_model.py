@@ -424,9 +424,11 @@ def test_compiled_training_is_eager_training():
         assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [64, 1_100])  # in one piece; in two whole chunks and a rest, weights made again
-def test_compiled_attention_in_bf16_is_that_of_torch(T):
+# In one piece; in two whole chunks and a rest, weights made again; torch's fused attention, where AMX makes it fast.
+@pytest.mark.parametrize("T, amx", [(64, False), (1_100, False), (1_100, True)])
+def test_compiled_attention_in_bf16_is_that_of_torch(monkeypatch, T, amx):
     """Values and gradients, in one graph: to the rounding of bf16, which torch's own way differs by as well."""
+    monkeypatch.setattr(model_py, "AMX", amx)
     generator = torch.Generator().manual_seed(8)
     q, k, v, grad = (torch.randn(2, heads, T, 16, generator=generator) for heads in (6, 2, 2, 6))
     inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
