@@ -383,7 +383,7 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
-# The matrix unit of some CPUs, which makes torch's fused attention the fastest there
+# Whether this CPU has Intel's matrix unit. With it, torch's fused attention is faster than the chunks below.
 AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
@@ -413,7 +413,7 @@ def cross_entropy(x, head, targets, compiled=False):
     """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,), -1 for none."""
     if x.device.type == "cpu":  # a GPU would have to wait for the count
         kept = targets >= 0
-        n = 64 * math.ceil(int(kept.sum()) / 64)  # few different numbers, because each new shape costs memory
+        n = 64 * math.ceil(int(kept.sum()) / 64)  # rounded up: each new number of rows costs memory
         if n < len(x):  # what carries no loss needs no logits
             rows = kept.argsort(descending=True, stable=True)[:n]
             x, targets = x[rows], targets[rows]
