@@ -133,8 +133,9 @@ def measure_products(matmul, N, device="cpu"):
 
     C, I = NETWORK.hidden_size, NETWORK.intermediate_size  # noqa: E741
     Q, K = NETWORK.num_attention_heads * NETWORK.head_dim, NETWORK.num_key_value_heads * NETWORK.head_dim
+    head = seconds(C, NETWORK.vocab_size)  # first, because it takes seconds: threads may share a core until then
     block = seconds(C, Q) + seconds(Q, C) + 2 * seconds(C, K) + 2 * seconds(C, I) + seconds(I, C)
-    return dict(tok_per_s=N / (NETWORK.num_hidden_layers * block + seconds(C, NETWORK.vocab_size)))
+    return dict(tok_per_s=N / (NETWORK.num_hidden_layers * block + head))
 
 
 def measure_decoding(who, matmul, B, prompt, new, device="cpu"):
