@@ -8,8 +8,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-# Waiting threads spin only briefly, then sleep: as fast as spinning on an idle machine, and much faster on a busy one
-# (1.6 s per iteration instead of 3.3 or more, with one core of two taken by another program).
+# Waiting threads spin only briefly, then sleep. On an idle machine an iteration takes up to a quarter longer for it; with one
+# core of two taken by another program, two thirds of the time or less (1.6 s in place of 3.3 or more, on one machine).
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: all setup test verify bench torture toy
