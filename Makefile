@@ -8,8 +8,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-# Waiting threads spin only briefly, then sleep. On an idle machine an iteration takes up to a quarter longer for it; with one
-# core of two taken by another program, two thirds of the time or less (1.6 s in place of 3.3 or more, on one machine).
+# Waiting threads spin only briefly, then sleep. Alone on a machine an iteration takes up to a quarter longer for it (nano 60 ms
+# in place of 48); with one core of two taken by another program, a quarter to a half of the time (100 ms in place of 390).
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: all setup test verify bench torture toy
