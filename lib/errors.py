@@ -32,6 +32,25 @@ def silence_stdout():
 
 
 @contextlib.contextmanager
+def usable(path, hint):
+    """
+    End the program with one line, "PATH cannot be used (REASON): HINT", where the block fails to read or parse a file.
+
+        with usable(path, "download it again"):
+            config = json.loads(path.read_bytes())["vocab_size"]
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be used ({error.strerror or first_line(error)}): {hint}")
+    except Exception as error:  # a damaged file fails in many ways, and each says the same: this file is bad
+        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) and error.args else first_line(error)
+        sys.exit(f"error: {path} cannot be used ({reason[:240]}): {hint}")
+
+
+@contextlib.contextmanager
 def one_line_errors(for_memory, folder="output"):
     """
     End the program with one line where the block runs out of memory, cannot write to `folder`, or loses another process
