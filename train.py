@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import configure, differences
 from lib.batches import get_blocks, mix
-from lib.checkpoint import check_state, keep_or_overwrite, read_checkpoint, write_checkpoint
+from lib.checkpoint import check_state, read_checkpoint, refuse_earlier_run, remove_earlier_run, write_checkpoint
 from lib.dataset import open_data
 from lib.errors import one_line_errors
 from lib.estimates import ratio
@@ -190,7 +190,7 @@ def train(config):
         say(resuming(ckpt_path, checkpoint, config.max_iters, differences(saved, asdict(config)), machine))
         del checkpoint  # a second set of weights and moments need not stay in memory
     else:
-        keep_or_overwrite(out_dir, config.overwrite, rank)
+        refuse_earlier_run(out_dir, config.overwrite)
         source = None if config.init_from == "scratch" else find_weights(config.init_from)
         say(source.about if source else f"a new network, from seed {config.seed}")
         tokenizer["chat"] = "block_size" in meta or bool(source and source.chat_template)  # how exports end a text
@@ -201,7 +201,7 @@ def train(config):
     def try_step():
         x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
         with autocast(device, config.dtype):
-            if device == "cpu":
+            if device == "cpu" and config.compile:
                 check_compiled(config)
             loss = model(x, x)
         loss.backward()
@@ -210,6 +210,8 @@ def train(config):
     if config.compile:
         whole = "cuda" in device and world_size == 1
         config = replace(config, compile=try_compiling(model, try_step, say, whole))
+    elif resumed_at is None:
+        try_step()  # a step that does not fit in memory fails here, before an earlier run is removed
     network = model if world_size == 1 or config.shard else data_parallel(model)
 
     def get_batch(data, split_number, first, count):
@@ -263,6 +265,8 @@ def train(config):
         sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
     if rank == 0:
         track = open_tracker(config.tracker, out_dir, iter_num, asdict(config), say)
+        if resumed_at is None:  # everything that can be refused has been checked, and the weights are in memory
+            remove_earlier_run(out_dir)
         log, sync_log = open_log(log_path, iter_num, config.log_interval, say, track)
     say(opening(config, meta, model, iter_num, world_size))
 

@@ -210,13 +210,16 @@ def check_tensors(path, checkpoint):
             sys.exit(f"error: {path}: {name} is damaged, its checksum differs: take an earlier copy, or train again")
 
 
-def keep_or_overwrite(out_dir, overwrite, rank=0):
-    """Before a new run: end the program with one line if out_dir holds an earlier one, or, if told to, remove that."""
+def refuse_earlier_run(out_dir, overwrite):
+    """End the program with one line if out_dir holds an earlier run that a new one may not replace."""
     if (out_dir / "ckpt.pt").exists() and not overwrite:
         sys.exit(
             f"error: {out_dir}/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir={out_dir}; "
             "to start over and lose it, --overwrite=True; to keep it, another --out_dir"
         )
-    # rank 0 alone, because another may arrive here after rank 0 has opened the new log
-    for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png") if rank == 0 else ():
+
+
+def remove_earlier_run(out_dir):
+    """Remove the files of an earlier run, because a new one begins."""
+    for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"):
         (out_dir / name).unlink(missing_ok=True)

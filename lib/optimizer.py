@@ -55,11 +55,13 @@ def use_settings(optimizer, config):
 
 def load_optimizer(optimizer, scheduler, checkpoint, config):
     """Put a checkpoint's state into optimizer and scheduler."""
+    factors = scheduler.base_lrs  # of get_lr, one per group, by today's settings
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
+    scheduler.load_state_dict(checkpoint["scheduler"] | dict(base_lrs=factors))
     use_settings(optimizer, config)  # it brought its saved ones along; those given by flag or config file win
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * get_lr(config, checkpoint["iter_num"])
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        group["initial_lr"] = factor
+        group["lr"] = factor * get_lr(config, checkpoint["iter_num"])
 
 
 class Together(torch.optim.Optimizer):

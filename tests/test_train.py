@@ -741,6 +741,61 @@ def test_out_of_memory(place, monkeypatch):
     assert run("--out_dir=a").startswith("error: out of memory (CUDA out of memory): lower batch_size (4)")
 
 
+# ---- A new run over an old one
+
+
+@pytest.mark.parametrize(
+    "weights", ["a/ckpt.pt", "a/best.pt", "./a/../a/ckpt.pt", "/a/ckpt.pt", "link/ckpt.pt", "c.pt"]
+)
+def test_a_run_may_begin_with_the_weights_that_it_replaces(place, weights):
+    assert run("--out_dir=a", "--save_best=True", "--eval_interval=12") == 0
+    Path("link").symlink_to("a")
+    Path("c.pt").symlink_to("a/ckpt.pt")
+    weights = str(place) + weights if weights.startswith("/") else weights
+    last = rows("a")[-1][4]
+    assert run("--out_dir=a", f"--init_from={weights}", "--overwrite=True", "--max_iters=1") == 0
+    assert rows("a")[1][4] == last and load("a")["iter_num"] == 1 and not Path("a/best.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--tracker=wandb"], ["--sample_interval=1", "--sample_prompt=" + 99 * "word "], ["--num_hidden_layers=3"],
+    ["--dataset=nowhere"], ["--device=cuda:7"], ["--init_from=a/best.pt"], ["--batch_size=3"],
+])  # fmt: skip
+def test_a_run_that_is_refused_replaces_nothing(place, monkeypatch, flags):
+    """Whatever refuses it: a package, a prompt, shapes, data, a device, weights that are not there, memory."""
+    assert run("--out_dir=a", "--max_iters=2") == 0
+    before = {path: path.read_bytes() for path in Path("a").iterdir()}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    forward = train.SmolLM2.forward
+
+    def full(self, idx, *args):
+        if len(idx) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, *args)
+
+    monkeypatch.setattr(train.SmolLM2, "forward", full)
+    assert str(run("--out_dir=a", "--init_from=a/ckpt.pt", "--overwrite=True", *flags)).startswith("error: ")
+    assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
+
+
+def test_a_resume_takes_new_learning_rates(place):
+    """By how far the weights move: the matrices follow muon_learning_rate, the embedding learning_rate."""
+
+    def steps(*flags):
+        shutil.copytree("a", "b")
+        assert run("--out_dir=b", "--init_from=resume", "--max_iters=3", *flags) == 0
+        before, after = load("a")["model"], load("b")["model"]
+        shutil.rmtree("b")
+        names = ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight")
+        return [(after[name] - before[name]).norm().item() for name in names]
+
+    flags = ["--optimizer=muon", "--muon_learning_rate=0.002", "--weight_decay=0", "--warmup_iters=0"]
+    assert run("--out_dir=a", "--max_iters=2", *flags) == 0
+    hidden, embedding = steps()
+    assert steps("--muon_learning_rate=0.0005") == pytest.approx([hidden / 4, embedding], rel=1e-3)
+    assert steps("--learning_rate=0.005", "--min_lr=0.0005") == pytest.approx([hidden, embedding / 2], rel=1e-3)
+
+
 def test_a_muon_learning_rate_of_zero_is_not_the_default(place):
     """Nothing moves the blocks' matrices then."""
     run("--optimizer=muon", "--muon_learning_rate=0", "--out_dir=a", "--max_iters=2")
