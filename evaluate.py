@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure
+from lib.batches import ratio
 from lib.dataset import open_data
 from lib.errors import one_line_errors
-from lib.estimates import ratio
 from lib.files import written_whole
 from lib.machine import autocast, pick_device, pick_matmul
 from lib.readers import ROWS, decoded, format_of

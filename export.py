@@ -136,7 +136,7 @@ def facts(source, run, config):
     rows["began as"] = settings.get("init_from", "unknown") if run else config.init_from
     if run:
         rows |= {"trained on": settings.get("dataset", "unknown"), "iteration": f"{run['iter_num']:,}"}
-        for row in read_log(source.path.parent / "log.csv")[1]:
+        for row in read_log(source.path.parent / "log.csv"):
             if int(row["iter"]) == run["iter_num"] and row.get("val_loss"):
                 rows["val loss"] = f"{float(row['val_loss']):.4f} nats per token"
     return rows

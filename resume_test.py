@@ -31,8 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configurator import configure
 from lib.checkpoint import read_checkpoint, write_checkpoint
-from lib.optimizer import get_lr
-from train import TrainConfig, saved_settings, train
+from train import TrainConfig, get_lr, saved_settings, train
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 Batches: an array of token ids goes in, blocks of it come out, in an order that is computed, not stored.
 
     x, y = get_blocks(data, first=0, count=4, block_size=256, seed=1337)    # (4, 256) each
+    loss, error = ratio(nats, tokens)    # loss per token of N batches or texts, with its standard error
 
 A batch is a pure function of (seed, split, iteration). So a resume needs no saved state to see the next batch,
 no two resumes see the same one, and any number of processes can share one global batch.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -63,3 +66,16 @@ def mix(*numbers):
         h = (h ^ h >> 27) * 0x94D049BB133111EB & all_ones
         h ^= h >> 31
     return h
+
+
+def ratio(numerators, denominators):
+    """
+    sum(numerators) / sum(denominators) over independent units, two arrays, and its standard error, to first order. With
+    denominators of one: the mean and its usual standard error. NaN for the error of a single unit.
+    """
+    n, total = len(numerators), denominators.sum()
+    if not total:
+        return math.nan, math.nan
+    value = numerators.sum() / total
+    residuals = numerators - value * denominators
+    return float(value), math.sqrt(n / (n - 1) * (residuals**2).sum()) / float(total) if n > 1 else math.nan

@@ -1,8 +1,9 @@
 """
-What a command that fails says: one line that names the thing, the cause and a way out, instead of a traceback.
+One line for each error: the object, the cause and what to do next, instead of a traceback.
 
     reject("--rows=speed: there is no such row")                 # exit code 2: the command was wrong
     sys.exit("error: out/ckpt.pt does not exist: train first")   # exit code 1: the run failed
+    with usable("config.json", "download it again"): ...         # the same where a file is read and parsed
     with one_line_errors("lower batch_size", "out"): ...         # the same for memory and for a full disk
 """
 
@@ -20,7 +21,7 @@ def reject(message):
 
 
 def first_line(error):
-    """The first line of an exception's message, or its kind if it has none."""
+    """Return the first line of an exception's message, or the exception's type if it has none."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].split(" (Request ID")[0].rstrip(".:")
 
@@ -37,7 +38,7 @@ def usable(path, hint):
     End the program with one line, "PATH cannot be used (REASON): HINT", where the block fails to read or parse a file.
 
         with usable(path, "download it again"):
-            config = json.loads(path.read_bytes())["vocab_size"]
+            vocab_size = json.loads(path.read_bytes())["vocab_size"]
     """
     try:
         yield
@@ -68,25 +69,21 @@ def one_line_errors(for_memory, folder="output"):
         sys.exit(f"error: {error.filename or folder}: {error.strerror or error}: {way_out(error)}")
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, f"{type(error).__name__} {text}"):
+        # a mere "memory" is in many other errors, such as an illegal memory access or a lack of shared memory
+        memory = r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory: you tried to allocate"
+        if isinstance(error, MemoryError) or re.search(memory, f"{type(error).__name__} {text}"):
             sys.exit(f"error: out of memory ({first_line(error)[:200]}): {for_memory}")
-        if lost := re.search(LOST_PROCESS, text):
-            sys.exit(
-                f"error: another process of this run ended ({lost[0]}): "
-                f"run the same command with --init_from=resume --out_dir={folder}"
-            )
+        lost = r"Connection closed by peer|Connection reset by peer|gloo.*(closed|timed out|Broken pipe)|NCCL"
+        if match := re.search(lost, text):
+            resume = f"run the same command with --init_from=resume --out_dir={folder}"
+            sys.exit(f"error: another process of this run ended ({match[0]}): {resume}")
         raise
 
 
-# What torch says; a mere "memory" is in many other errors, such as an illegal memory access or a lack of shared memory.
-OUT_OF_MEMORY = r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory: you tried to allocate"
-LOST_PROCESS = r"Connection closed by peer|Connection reset by peer|gloo.*(closed|timed out|Broken pipe)|NCCL"
-
-
 def way_out(error):
-    """What to do about an OSError of a write."""
+    """Return what to do about an OSError of a write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the disk is full: free some, or use another folder"
+        return "the disk is full: free some space, or use another folder"
     if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
         return "move it away, or use another folder"
     return "use another folder"

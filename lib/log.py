@@ -1,163 +1,229 @@
 """
-What a run tells: the lines it opens and closes with, out/log.csv, and the curve drawn from it.
+What a run prints and writes: the lines on stdout, out/log.csv, out/loss.png, and an experiment tracker if asked.
 
-    log, sync_log = open_log("out/log.csv", iter_num, log_interval=10, say=print)    # a resume first cuts later rows
-    log(iter=10, loss=9.8, lr=3e-4)                       # one row; a metric not given stays empty
-    sync_log()                                            # all rows are on the disk, as safe as a checkpoint
-    plot_log("out/log.csv", "out/loss.png", bits, resumed_at, print)
+    log = RunLog(config, meta, model, iter_num, world_size)   # prints what is about to happen; a resume cuts later rows
+    log.iteration(iter_num, loss, lr, grad_norm, seconds)     # a line and a row every log_interval iterations
+    log.evaluation(iter_num, val_loss, val_stderr, best)      # a line, a row and the plot
+    log.sync()                                                # all rows are on the disk, as safe as a checkpoint
+    log.summary()
 
-A new metric is a name in COLUMNS and a value in train.py's call of log().
+A new metric is a name in COLUMNS and a value in RunLog.iteration or RunLog.evaluation. On ranks other than 0, a RunLog
+does nothing.
 """
 
+import atexit
 import contextlib
 import csv
+import importlib
+import math
 import os
-import re
-import shutil
-import statistics
+import secrets
 import sys
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.errors import silence_stdout
+from lib.errors import first_line, silence_stdout
 from lib.files import written_whole
-from lib.machine import peak_memory
+from lib.machine import mfu, peak_memory
 from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 
 COLUMNS = ["iter", "loss", "lr", "grad_norm", "val_loss", "val_stderr", "ms", "tok_per_s"]
 
 
-def opening(config, meta, model, iter_num, world_size):
-    """What is about to happen, in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters())
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    tokens = sequences * config.block_size
-    epochs = tokens * config.max_iters / meta["train"]["tokens"]
-    next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
-    sharded = f", {'sharded' if world_size > 1 else 'nothing to shard'}" if config.shard else ""
-    lines = [
-        f"network     {parameters:,} parameters, {config.num_hidden_layers} blocks of {config.hidden_size}",
-        f"data        {config.dataset}: {meta['train']['tokens']:,} tokens to train on, {meta['val']['tokens']:,} to "
-        "evaluate",
-        f"iteration   {sequences} sequences x {config.block_size} = {tokens:,} tokens; {config.max_iters:,} iterations "
-        f"= {epochs:.2f} epochs",
-        f"machine     {config.device} x {world_size}{sharded}, {torch.get_num_threads()} threads, {config.dtype} "
-        f"(fp32 products: {config.float32_matmul_precision}), {'compiled' if config.compile else 'eager'}",
-        f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}, then every {config.eval_interval}, "
-        "at the last one, and on Ctrl-C",
-    ]
-    return "\n".join(lines)
+def say(text):
+    """Print on rank 0. Where stdout breaks (`| head`), say so once on stderr and be quiet: the run continues."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        silence_stdout()
+        with contextlib.suppress(OSError):
+            print(f"note: no more output, stdout is gone ({error.strerror}); the run continues", file=sys.stderr)
+
+
+class RunLog:
+    def __init__(self, config, meta, model, iter_num, world_size):
+        """Print what is about to happen, open the tracker, and cut log.csv back to the checkpoint at iter_num."""
+        self.config, self.model, self.world_size = config, model, world_size
+        self.resumed_at = iter_num or None
+        self.bits = meta["val"]["loss_tokens"] / meta["val"]["bytes"] / math.log(2)  # per byte, for a nat per token
+        self.tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size  # per iteration
+        self.seconds, self.last_logged = 0.0, iter_num
+        self.path = Path(config.out_dir) / "log.csv"
+        self.file = None
+        if os.environ.get("RANK", "0") == "0":
+            self.open_file(iter_num)
+        epochs = self.tokens * config.max_iters / meta["train"]["tokens"]
+        next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
+        sharded = f", {'sharded' if world_size > 1 else 'nothing to shard'}" if config.shard else ""
+        say(
+            f"network     {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_hidden_layers} blocks "
+            f"of {config.hidden_size}\n"
+            f"data        {config.dataset}: {meta['train']['tokens']:,} tokens to train on, "
+            f"{meta['val']['tokens']:,} to evaluate\n"
+            f"iteration   {self.tokens // config.block_size} sequences x {config.block_size} = {self.tokens:,} tokens; "
+            f"{config.max_iters:,} iterations = {epochs:.2f} epochs\n"
+            f"machine     {config.device} x {world_size}{sharded}, {torch.get_num_threads()} threads, {config.dtype} "
+            f"(fp32 products: {torch.get_float32_matmul_precision()}), {'compiled' if config.compile else 'eager'}\n"
+            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}, then every "
+            f"{config.eval_interval}, at the last one, and on Ctrl-C"
+        )
+
+    def open_file(self, iter_num):
+        """
+        Keep the rows of log.csv that the checkpoint at iter_num had seen. Rows of later iterations go, and so does the
+        evaluation that followed the save, because a resume repeats it.
+        """
+        config, rows = self.config, read_log(self.path) if iter_num else []
+        columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))  # those of another version are kept
+        kept = [r for r in rows if int(r["iter"]) < iter_num or int(r["iter"]) == iter_num and not r.get("val_loss")]
+        due = iter_num - iter_num % config.log_interval
+        last = max((int(row["iter"]) for row in kept if row.get("loss")), default=0)
+        if last < due:
+            say(f"note: {self.path} has no rows from iteration {last + 1} to {due}: the curve has a gap there")
+        with written_whole(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.file = open(self.path, "a", newline="")
+        self.writer = csv.DictWriter(self.file, columns)
+        self.track = open_tracker(config.tracker, Path(config.out_dir), iter_num, asdict(config))
+
+    def write(self, **row):
+        if self.file:
+            self.writer.writerow(row)
+            self.file.flush()
+            self.track(**row)
+
+    def sync(self):
+        """Flush all rows to the disk."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def iteration(self, iter_num, loss, lr, grad_norm, seconds, last):
+        """Note an update that took `seconds`; print a line every log_interval iterations and after the last."""
+        self.seconds += seconds
+        if iter_num % self.config.log_interval and not last:
+            return
+        ms = 1e3 * self.seconds / (iter_num - self.last_logged)
+        tok_per_s = 1e3 * self.tokens / ms
+        peak = mfu(self.model, self.config.block_size, tok_per_s / self.world_size, self.config.device)
+        eta = timedelta(seconds=round((self.config.max_iters - iter_num) * ms / 1e3))
+        say(
+            f"iter {iter_num:6d} | loss {loss:7.4f} | lr {lr:.3e} | norm {grad_norm:7.4f} | {ms:7.1f} ms | "
+            f"{tok_per_s:7,.0f} tok/s | {f'{peak:.1%} MFU | ' if peak else ''}eta {eta}"
+        )
+        if iter_num % self.config.log_interval == 0:
+            speed = dict(ms=round(ms, 1), tok_per_s=round(tok_per_s))
+            self.write(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm, **speed)
+        self.seconds, self.last_logged = 0.0, iter_num
+
+    def evaluation(self, iter_num, val_loss, val_stderr, best):
+        """Print the loss on val.bin, and draw the curve again. best: it is the lowest so far."""
+        nats = f"{val_loss:.4f} ± {val_stderr:.4f} nats/token"
+        note = " (best so far)" if best else ""
+        say(f"iter {iter_num:6d} | val loss {nats} = {val_loss * self.bits:.4f} bits/byte{note}")
+        self.write(iter=iter_num, val_loss=val_loss, val_stderr=val_stderr)
+        if self.file:
+            plot_log(self.path, self.path.with_name("loss.png"), self.bits, self.resumed_at)
+
+    def summary(self):
+        """Print what happened: memory, the first and the last validation loss, where the files are."""
+        if not self.file:
+            return
+        lines = [f"memory      {peak_memory(self.config.device):.2f} GB at most"]
+        val = [row for row in read_log(self.path) if row.get("val_loss")]
+        for row in (val[0], val[-1]) if val else ():
+            error = float(row.get("val_stderr") or "nan")
+            lines.append(f"val loss    {float(row['val_loss']):.4f} ± {error:.4f} at iteration {row['iter']}")
+        names = ("ckpt.pt", "log.csv", "loss.png")
+        lines.append(f"files       {', '.join(str(self.path.with_name(name)) for name in names)}")
+        say("\n".join(lines))
 
 
 def resuming(ckpt_path, checkpoint, max_iters, differences, machine):
-    """What a resume continues from, and what differs from before: settings, as lines, and the counts in `machine`."""
+    """Return, as lines, where a resume continues and what differs: settings, and the values in `machine`."""
     iter_num = checkpoint["iter_num"]
     lines = [f"resuming at iteration {iter_num + 1}, from {ckpt_path}"]
     if iter_num >= max_iters:
         more = f"python train.py --init_from=resume --out_dir={ckpt_path.parent} --max_iters={iter_num + 50}"
         lines = [
-            f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat"
+            f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat",
+            f"for more: {more}",
         ]
-        lines += [f"for more: {more}"]
     lines += [f"    {line}" for line in differences]
     for name, count in checkpoint["machine"].items():
-        if count != machine.get(name):
-            lines += [f"note: {machine.get(name)} {name}, {count} before: the run continues, but its bits may differ"]
+        if count != machine[name]:
+            lines += [f"note: {machine[name]} {name}, {count} before: the run continues, but its bits may differ"]
     return "\n".join(lines)
 
 
-def printer(bar):
-    """A function that prints text above the progress bar. Where stdout breaks (`| head`), it says so and is quiet."""
+def open_tracker(tracker, out_dir, iter_num, settings):
+    """
+    Return a function that sends a row of log.csv to trackio or wandb, and does nothing for "none". A resumed run
+    continues under its name, which is in out_dir/tracker_id. log.csv stays the truth: a resume cuts the rows that its
+    checkpoint has not seen, and a tracker keeps them.
+    """
+    if tracker == "none":
+        return lambda **row: None
+    module = import_tracker(tracker)
+    name_path = out_dir / "tracker_id"
+    if not (iter_num and name_path.is_file()):  # a new run; two may have the same out_dir, one after the other
+        name_path.write_text(f"{out_dir.resolve().name}-{secrets.token_hex(4)}")
+    name = name_path.read_text().strip()
+    more = {"id": name} if tracker == "wandb" else {}
+    module.init(project="nanosmollm", name=name, resume="allow", config=settings, **more)
+    atexit.register(module.finish)
+    failed = False
 
-    def say(text):
+    def track(iter, **row):
+        nonlocal failed
         try:
-            bar.write(text)
-            sys.stdout.flush()
-        except OSError as error:
-            silence_stdout()
-            with contextlib.suppress(OSError):
-                print(f"note: no more output, stdout is gone ({error.strerror}); the run continues", file=sys.stderr)
+            if not failed:
+                module.log(row, step=iter)
+        except Exception as error:  # a network, a full disk, a bug of theirs: none may end a run
+            failed = True
+            say(f"note: {tracker} failed ({first_line(error)}): the run continues without it")
 
-    return say
+    return track
 
 
-def open_log(path, iter_num, log_interval, say, track=lambda **row: None):
-    """
-    Two functions: log(**values) appends a row to log.csv and gives it to track(), and sync_log() flushes all rows to
-    the disk. First, the file is cut back to what the checkpoint at iter_num had seen: rows of later iterations go, and
-    so does the evaluation that followed the save, because a resume repeats it. Columns this version does not know are
-    kept. Rows that are missing or cannot be read are told with say().
-    """
-    columns, kept = COLUMNS, []
-    if iter_num > 0:
-        found, rows, unreadable = read_log(path)
-        columns = COLUMNS + [name for name in found if name not in COLUMNS]
-        for row in rows:
-            if int(row["iter"]) < iter_num or int(row["iter"]) == iter_num and not row.get("val_loss"):
-                kept.append(row)
-        if unreadable:
-            copy = path.with_name("log.unreadable.csv")
-            shutil.copyfile(path, copy)
-            say(f"note: {unreadable} rows of {path} cannot be read and are left out; the whole file is kept as {copy}")
-        due = iter_num - iter_num % log_interval
-        last = max((int(row["iter"]) for row in kept if row.get("loss")), default=0)
-        if last < due:
-            say(f"note: {path} has no rows from iteration {last + 1} to {due}: the curve has a gap there")
-    with written_whole(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(kept)
-    file = open(path, "a", newline="")
-
-    def log(**values):
-        csv.DictWriter(file, columns).writerow(values)
-        file.flush()
-        track(**values)
-
-    return log, lambda: os.fsync(file.fileno())
+def import_tracker(tracker):
+    """Import trackio or wandb. End the program with one line if the package is not installed."""
+    try:
+        return importlib.import_module(tracker)
+    except ImportError as error:
+        sys.exit(f"error: --tracker={tracker} cannot be used here ({first_line(error)}): pip install {tracker}")
 
 
 def read_log(path):
-    """(columns, rows as dicts of text, number of rows that cannot be read) of log.csv; nothing if there is none."""
-    rows, unreadable, columns = [], 0, []
-    if not path.exists():
-        return columns, rows, unreadable
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        lines = file.read().replace("\0", "\ufffd").splitlines()
-    for number, line in enumerate(lines):
-        cells = next(csv.reader([line[:10_000]], strict=False), [])
-        if number == 0:
-            columns = cells
-            continue
-        row = dict(zip(columns, cells, strict=False))
-        numbers = [row.get(name) or "0" for name in COLUMNS[1:]]
-        whole = len(cells) == len(columns) and re.fullmatch(r"[0-9]{1,18}", row.get("iter", ""))
-        if whole and all(map(is_float, numbers)):
-            rows.append(row)
-        elif number < len(lines) - 1:  # a death may leave the last row half written, and a resume repeats it
-            unreadable += 1
-    return columns, rows, unreadable
+    """Return the rows of log.csv as dicts of text, up to the first that is damaged; none if there is no file."""
+    rows = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            with contextlib.suppress(ValueError, TypeError, KeyError, csv.Error):
+                for row in csv.DictReader(file):
+                    if int(row["iter"]) < 0 or None in row or None in row.values():
+                        raise ValueError("a row with more or fewer cells than columns")
+                    for name in COLUMNS[1:]:
+                        float(row.get(name) or 0)
+                    rows.append(row)
+    return rows
 
 
-def is_float(text):
-    """Whether a cell of log.csv holds a number. float() alone would also take the digits of other scripts."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return text.isascii()
-
-
-def plot_log(log_path, path, bits, resumed_at, say):
+def plot_log(log_path, path, bits, resumed_at):
     """
-    Draw training and validation loss by iteration, from log.csv. A failure is told with say() and ends nothing.
+    Draw training and validation loss by iteration, from log.csv. A failure is noted and ends nothing.
 
     bits        bits per byte of val.bin for each nat per token, for the axis on the right
     resumed_at  iteration from which this run was resumed, for a dotted line, or None
     """
-    _, rows, _ = read_log(log_path)
+    rows = read_log(log_path)
     figure, axes = new_picture()
     train = np.array([(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]).reshape(-1, 2)
     val = [(int(row["iter"]), *(float(row.get(name) or "nan") for name in ("val_loss", "val_stderr"))) for row in rows]
@@ -185,27 +251,3 @@ def plot_log(log_path, path, bits, resumed_at, say):
         save_picture(figure, path)
     except OSError as error:
         say(f"note: {path} could not be written ({error.strerror})")
-
-
-def closing(out_dir, model, device, resumed_at):
-    """What happened, in a few lines: memory, first and last validation loss, train loss before and after a resume."""
-    _, rows, _ = read_log(out_dir / "log.csv")
-    lines = [f"parameters  {sum(p.numel() for p in model.parameters()):,}"]
-    lines.append(f"memory      {peak_memory(device):.2f} GB at most")
-    val = [row for row in rows if row.get("val_loss")]
-    for row in (val[0], val[-1]) if val else ():
-        error = float(row.get("val_stderr") or "nan")
-        lines.append(f"val loss    {float(row['val_loss']):.4f} ± {error:.4f} at iteration {row['iter']}")
-    if resumed_at is not None:
-        losses = [(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]
-        before = [loss for iter_num, loss in losses if iter_num <= resumed_at][-5:]
-        after = [loss for iter_num, loss in losses if iter_num > resumed_at][:5]
-        for when, some in (("before", before), ("after", after)):
-            if len(some) > 1:
-                mean, error = statistics.mean(some), statistics.stdev(some) / len(some) ** 0.5
-                numbers = " ".join(f"{loss:.4f}" for loss in some)
-                lines.append(
-                    f"resume      train loss {when}: {numbers}, mean {mean:.2f} ± {error:.2f} (standard error)"
-                )
-    lines.append(f"files       {', '.join(str(out_dir / name) for name in ('ckpt.pt', 'log.csv', 'loss.png'))}")
-    return "\n".join(lines)

@@ -1,15 +1,21 @@
 """
-The processes of a run: one, or as many as torchrun started, and the signals that stop them.
+The processes of a run, one or as many as torchrun started: signals, devices, gradients, and weights that are copied
+(data parallel) or divided among them (FSDP2: each keeps its part of every weight, gradient and moment).
 
     end_on_signals()                                    # while there is nothing to save, Ctrl-C ends the program
     rank, world_size, device = start_processes("auto")
+    model = shard(model, "bfloat16", device)            # before the optimizer is built
     stop_signals = note_signals()                       # then it fills this list, and the loop stops by itself
+    state = to_whole(model.state_dict())                # as if nothing were sharded; all processes call it together
+    checkpoint = to_parts(checkpoint, model, optimizer) # and back: so ckpt.pt is the same file, whoever reads it
 """
 
 import gc
+import math
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -20,8 +26,8 @@ from lib.machine import pick_device
 
 def start_processes(device):
     """
-    (rank, world_size, device of this process). With torchrun, each process takes a GPU and joins the group, in which
-    tensors on GPUs travel over NCCL, tensors on the CPU and objects over gloo.
+    Return (rank, world_size, device of this process). With torchrun, each process takes a GPU and joins the group, in
+    which tensors on GPUs travel over NCCL, tensors on the CPU and objects over gloo.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and device.startswith("cuda:"):
@@ -37,9 +43,9 @@ def start_processes(device):
 
 def end_processes(world_size):
     """
-    Leave the group, once every process has arrived here: none may leave while another still writes. The caller has let
-    go of DistributedDataParallel. If it outlived the group, its destructor would end the group's thread and wait for it
-    with Python's lock held, while that thread may wait for the lock: a run in two would never end.
+    Leave the group, once every process has arrived here: none may leave while another still writes. The caller has
+    deleted DistributedDataParallel. If it outlived the group, its destructor would end the group's thread and wait for
+    it with Python's lock held, while that thread may wait for the lock: a run in two would never end.
     """
     if world_size > 1:
         dist.barrier()
@@ -48,7 +54,7 @@ def end_processes(world_size):
 
 
 def end_on_signals():
-    """Until note_signals() is called, a signal ends the program at once with one line: there is nothing to save yet."""
+    """Until note_signals() is called, let a signal end the program with one line: there is nothing to save yet."""
 
     def end(number, _):
         name = signal.Signals(number).name
@@ -59,7 +65,7 @@ def end_on_signals():
 
 
 def note_signals():
-    """A list to which each signal adds its number. The loop looks at it, and so no signal can interrupt a save."""
+    """Return a list to which each signal adds its number. The loop looks at it, so no signal can interrupt a save."""
     noted = []
     handle(lambda number, _: noted.append(number))
     return noted
@@ -71,3 +77,59 @@ def handle(handler):
         number = getattr(signal, name, None)  # Windows lacks the last two
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup ignores it
             signal.signal(number, handler)
+
+
+def shard(model, dtype, device):
+    """Return the model on `device` with only this process's part of each tensor's rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
+    # Blocks are gathered in autocast's dtype, half the bytes. The embedding, and so the residual stream, stays fp32.
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=half if dtype == "bfloat16" else MixedPrecisionPolicy())
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "generate")
+    return model.to(device)
+
+
+def sync_gradients(model, now):
+    """Return the context of a backward in which processes exchange gradients if `now`; else each sums its own."""
+    if hasattr(model, "set_requires_gradient_sync"):  # sharded
+        model.set_requires_gradient_sync(now)
+    return nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def clip_gradient(model, grad_clip):
+    """Clip the gradient's norm to grad_clip, 0 for no clipping. Return the norm before that, a tensor ()."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def to_whole(state):
+    """Gather the sharded tensors in a dict (of dicts), one at a time, on rank 0's CPU; elsewhere they become None."""
+    if isinstance(state, dict):
+        return {key: to_whole(value) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    whole = state.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def to_parts(checkpoint, model, optimizer):
+    """Return the checkpoint with this process's part of each weight and moment of a sharded model."""
+
+    def part(tensor, p):
+        if not hasattr(p, "placements") or tensor.shape != p.shape:  # not sharded; or a step, which is one number
+            return tensor
+        from torch.distributed.tensor import distribute_tensor  # two seconds, spared where nothing is sharded
+
+        # a clone, because a slice would keep the whole tensor in memory
+        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None).clone()
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = {name: part(checkpoint["model"][name], p) for name, p in model.state_dict().items()}
+    saved = checkpoint["optimizer"]
+    moments = {i: {name: part(v, params[i]) for name, v in state.items()} for i, state in saved["state"].items()}
+    return checkpoint | dict(model=weights, optimizer=saved | dict(state=moments))

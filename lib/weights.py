@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lib.chat import TEMPLATE
-from lib.checkpoint import check_tensors, load_saved, read_checkpoint, state_dict_in
+from lib.checkpoint import check_crc, load_saved, read_checkpoint, state_dict_in
 from lib.errors import first_line
 from lib.files import read_json
 from lib.formats import is_gguf, is_torch
@@ -59,7 +59,7 @@ def find_weights(init_from, out_dir="out"):
         config = checkpoint_config(path, checkpoint)
 
         def read():
-            check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
+            check_crc(path)
             return without_prefix(checkpoint["model"])
 
         tokenizer = dict(checkpoint["tokenizer"])

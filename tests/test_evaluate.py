@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evaluate
 from configurator import configure
 from evaluate import EvaluateConfig, answers, choice_rows, score, windows
+from lib.batches import ratio
 from lib.checkpoint import write_checkpoint
-from lib.estimates import ratio
 from lib.tasks import TASKS, Item, file_rows, hub_task_rows, read_items
 from model import ModelConfig, SmolLM2
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact_train import pick_matmul
 from networks import write_dataset
 
 import resume_test
@@ -25,10 +26,9 @@ import train
 from configurator import configure
 from lib.batches import get_blocks, mix
 from lib.checkpoint import read_checkpoint, write_checkpoint
-from lib.optimizer import get_lr
 from lib.tokenizer import TOKENIZER_SHA256
 from resume_test import ResumeTestConfig
-from train import TrainConfig, saved_settings
+from train import TrainConfig, get_lr, saved_settings
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -36,7 +36,6 @@ TINY = [
     "--num_key_value_heads=1", "--head_dim=16", "--max_position_embeddings=64", "--batch_size=4", "--block_size=16",
     "--learning_rate=0.01", "--warmup_iters=3", "--lr_decay_iters=12", "--max_iters=12", "--log_interval=1",
     "--eval_interval=4", "--eval_iters=2", "--sample_interval=0", "--dtype=float32", "--device=cpu",
-    "--float32_matmul_precision=highest",
 ]  # fmt: skip
 RESUME = ["--init_from=resume", "--max_iters=12"]
 
@@ -47,6 +46,7 @@ def place(tmp_path, monkeypatch, real_ids):
     write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
     write_data(tmp_path / "data/short", real_ids[:210], real_ids[3000:3500])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "pick_matmul", pick_matmul)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield tmp_path
@@ -74,10 +74,10 @@ def run(*flags):
     return errors.getvalue().strip() if exit.value.code == 2 else exit.value.code
 
 
-def command(*flags, launcher=(), script="train.py"):
+def command(*flags, launcher=()):
     """The command line of train.py in a process of its own."""
     argv = list(flags) if "--init_from=resume" in flags else [*TINY, "--dataset=text", *flags]
-    return [sys.executable, *launcher, str(ROOT / script), *argv]
+    return [sys.executable, *launcher, str(ROOT / "tests/exact_train.py"), *argv]
 
 
 def torchrun(*flags):
@@ -99,7 +99,7 @@ def flat(value, path=""):
     return {path: value}
 
 
-def differing(a, b, ignore=("/config/out_dir", "/checksums/values")):
+def differing(a, b, ignore=("/config/out_dir",)):
     """Where two checkpoints are not the same to the bit."""
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
@@ -132,7 +132,7 @@ def assert_same(a, b, **how):
         ["--gradient_accumulation_steps=2"],
         ["--dtype=bfloat16"],
         ["--dataset=short"],  # three iterations an epoch
-        ["--schedule=wsd", "--wsd_decay_iters=5", "--log_interval=5", "--sample_interval=3", "--sample_tokens=4"],
+        ["--schedule=wsd", "--wsd_decay_iters=5", "--log_interval=5", "--sample_interval=3"],
     ],
     ids=["plain", "accumulation", "bfloat16", "epoch", "wsd"],
 )
@@ -200,21 +200,22 @@ def test_two_runs_cannot_share_a_folder(place):
     first.kill()
     first.communicate()
     assert second.returncode == 1
-    assert second.stderr.startswith(f"error: a is in use by process {first.pid}") and second.stderr.count("\n") == 1
+    assert second.stderr.startswith("error: a is in use by another process") and second.stderr.count("\n") == 1
 
 
-def test_other_threads_are_told(place, capfd):
+def test_other_threads_are_noted(place, capfd):
     assert run("--out_dir=a", "--max_iters=2") == 0
     checkpoint = load("a")
-    assert checkpoint["machine"] == dict(threads=torch.get_num_threads(), processes=1)
-    write_checkpoint("a/ckpt.pt", checkpoint | {"machine": dict(threads=99, processes=1)})
+    machine = dict(threads=torch.get_num_threads(), processes=1, float32_matmul_precision="highest")
+    assert checkpoint["machine"] == machine
+    write_checkpoint("a/ckpt.pt", checkpoint | {"machine": machine | dict(threads=99)})
     assert run("--out_dir=a", "--init_from=resume", "--max_iters=3") == 0
     note = f"note: {torch.get_num_threads()} threads, 99 before: the run continues, but its bits may differ"
     assert note in capfd.readouterr().out
 
 
 def test_prompts_of_any_length(place):
-    assert run("--out_dir=a", "--max_iters=1", "--sample_interval=1", "--sample_prompt=", "--sample_tokens=2") == 0
+    assert run("--out_dir=a", "--max_iters=1", "--sample_interval=1", "--sample_prompt=") == 0
     message = run("--out_dir=b", "--max_iters=1", "--sample_interval=1", "--sample_prompt=" + 99 * "word ")
     assert "sample_prompt is longer than the context (64): shorten it" in message
 
@@ -222,7 +223,7 @@ def test_prompts_of_any_length(place):
 def test_looking_does_not_disturb(place):
     """Other evaluations and samples: the same losses and the same weights to the bit."""
     assert run("--out_dir=a") == 0
-    assert run("--out_dir=b", "--eval_interval=3", "--eval_iters=5", "--sample_interval=2", "--sample_tokens=3") == 0
+    assert run("--out_dir=b", "--eval_interval=3", "--eval_iters=5", "--sample_interval=2") == 0
     a, b = load("a"), load("b")
     assert differing(a["model"], b["model"]) == differing(a["optimizer"], b["optimizer"]) == []
     assert [row for row in rows("a") if row[1]] == [row for row in rows("b") if row[1]]
@@ -283,7 +284,7 @@ def test_sharded(place):
     """
     passes = ["--batch_size=2", "--gradient_accumulation_steps=4"]  # two in each process
     two = [*TINY, "--dataset=text", *passes, "--eval_interval=6", "--eval_iters=3", "--shard=True"]
-    rest = ["--sample_interval=3", "--sample_tokens=3", "--save_best=True", "--activation_checkpointing=True"]
+    rest = ["--sample_interval=3", "--save_best=True", "--activation_checkpointing=True"]
     muon = ["--optimizer=muon", "--max_iters=4"]
     several(
         place,
@@ -301,8 +302,8 @@ def test_sharded(place):
         ["--out_dir=c", *RESUME],
         ["--out_dir=n", "--init_from=resume", "--max_iters=4"],
     )
-    flags = ("sample_interval", "sample_tokens", "save_best", "activation_checkpointing")
-    assert_same("a", "b", ignore=(*(f"/config/{name}" for name in ("out_dir", *flags)), "/checksums/values"))
+    flags = ("sample_interval", "save_best", "activation_checkpointing")
+    assert_same("a", "b", ignore=[f"/config/{name}" for name in ("out_dir", *flags)])
     assert_same("m", "n")
     assert flat(load("a")).keys() == flat(load("copies")).keys()
     for other in ("copies", "c"):
@@ -324,9 +325,11 @@ def several(place, *argvs):
 
 SEVERAL = """
 import json, os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import exact_train
 import torch.distributed as dist
 import train
+train.pick_matmul = exact_train.pick_matmul
 init = dist.init_process_group
 for number, argv in enumerate(json.loads(sys.argv[2])):
     meeting = f"file://{os.getcwd()}/{os.environ['TORCHELASTIC_RUN_ID']}.{number}"
@@ -377,13 +380,14 @@ def test_without_a_compiler_it_goes_on(place, capfd, monkeypatch):
     assert load("a")["config"]["compile"] is False
 
 
-def test_the_way_of_fp32_products_is_saved_and_kept(place, capfd):
-    assert run("--out_dir=a", "--max_iters=2", "--float32_matmul_precision=medium") == 0
-    assert load("a")["config"]["float32_matmul_precision"] == "medium"
+def test_how_fp32_is_multiplied_is_measured_once(place, capfd, monkeypatch):
+    monkeypatch.setattr(train, "pick_matmul", lambda *_: ("float32", "medium"))
+    assert run("--out_dir=a", "--max_iters=2", "--dtype=auto") == 0
+    monkeypatch.setattr(train, "pick_matmul", lambda *_: pytest.fail("measured again"))
     torch.set_float32_matmul_precision("highest")
     assert run("--out_dir=a", "--init_from=resume", "--max_iters=3") == 0
+    assert load("a")["machine"]["float32_matmul_precision"] == torch.get_float32_matmul_precision() == "medium"
     assert capfd.readouterr().out.count("float32 (fp32 products: medium)") == 2
-    assert torch.get_float32_matmul_precision() == "medium"
 
 
 # ---- resume_test.py
@@ -403,22 +407,33 @@ def test_the_checkpoint_test(place, capfd):
     assert code == 0 and out.count("✓") == 13 and "\n✗" not in out and out.endswith("resume_test: 12 ✓, 0 ✗\n")
     assert "a/ckpt.pt: iteration 4; straight to 14, and with a stop at 9" in out
     assert Path("a/ckpt.pt").read_bytes() == before and {path.name for path in Path("a").iterdir()} == {
-        "ckpt.pt", "log.csv", "loss.png",
+        ".lock", "ckpt.pt", "log.csv", "loss.png",
     }  # fmt: skip
 
 
+def load_without_moments(optimizer, state_dict, load=torch.optim.AdamW.load_state_dict):
+    load(optimizer, state_dict)
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+
+
+def load_nothing(self, state_dict):
+    pass
+
+
 BROKEN_RESUMES = {
-    "moments": (torch.optim.AdamW, "load_state_dict", ["first moments", "second moments", "moments at 14"]),
-    "weights": (train.SmolLM2, "load_state_dict", ["weights, checksum", "same losses", "weights at 14"]),
-    "scheduler": (torch.optim.lr_scheduler.LambdaLR, "load_state_dict", ["same losses", "weights at 14"]),
+    "moments": (torch.optim.AdamW, load_without_moments, ["first moments", "second moments", "moments at 14"]),
+    "weights": (train.SmolLM2, load_nothing, ["weights, checksum", "same losses", "weights at 14"]),
+    "scheduler": (torch.optim.lr_scheduler.LambdaLR, load_nothing, ["same losses", "weights at 14"]),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN_RESUMES)
 def test_the_checkpoint_test_can_fail(what, place, capfd, monkeypatch):
     assert run("--out_dir=a", "--max_iters=4") == 0
-    cls, method, rows = BROKEN_RESUMES[what]
-    monkeypatch.setattr(cls, method, lambda self, state: None)
+    cls, load_state_dict, rows = BROKEN_RESUMES[what]
+    monkeypatch.setattr(cls, "load_state_dict", load_state_dict)
     code, out = checkpoint_test(capfd)
     assert code == 1
     for row in rows:
@@ -467,7 +482,7 @@ def test_a_second_run_does_not_lose_the_first(place, capfd):
 def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
     Path("a").mkdir()
     Path("a/log.csv").write_text("iter,loss\n")
-    assert "there is no checkpoint a/ckpt.pt (a holds log.csv): train from scratch" in run("--out_dir=a", *RESUME)
+    assert "there is no checkpoint a/ckpt.pt: train first" in run("--out_dir=a", *RESUME)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -545,7 +560,7 @@ def test_the_best_weights_are_kept_where_asked(place):
     best = torch.load("b/best.pt", weights_only=True)
     assert best["iter_num"] == min(val, key=val.get) <= 6 < max(val) and best["best_val_loss"] == min(val.values())
     assert "optimizer" not in best and best["config"]["hidden_size"] == 32
-    assert "lacks optimizer, scheduler" in read_error("b/best.pt")
+    assert "has no optimizer: begin a new run with its weights" in read_error("b/best.pt")
     assert run("--out_dir=c", "--init_from=b/best.pt", "--max_iters=1") == 0
     assert float(rows("c")[1][4]) == min(val.values())
 
@@ -657,8 +672,8 @@ class Bomb:
 
 
 ERRORS = {
-    "missing dataset": (["--dataset=nowhere"], None, r"data/nowhere/meta.json does not exist: run python prepare_data"),
-    "foreign dataset": ([], break_file("data/text/meta.json", lambda b: b"{"), r"meta.json cannot be read"),
+    "missing dataset": (["--dataset=nowhere"], None, r"nowhere/meta.json cannot be used .*run python prepare"),
+    "foreign dataset": ([], break_file("data/text/meta.json", lambda b: b"{"), r"meta.json cannot be used"),
     "truncated bin": ([], break_file("data/text/train.bin", lambda b: b[:-1]), r"train.bin holds 5999 bytes, not 2"),
     "changed bin": ([], break_file("data/text/val.bin", lambda b: b[:-1] + b"?"), r"val.bin does not have the sha256"),
     "wrong dtype": ([], edit_meta(dtype="uint32"), r"dtype uint32"),
@@ -669,11 +684,11 @@ ERRORS = {
     "odd heads": (["--num_attention_heads=3", "--num_key_value_heads=2"], None, r"must be a multiple"),
     "missing checkpoint": (["--init_from=resume", "--out_dir=b"], None, r"there is no checkpoint b/ckpt.pt"),
     "truncated checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"not a whole checkpoint"),
+        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"ckpt.pt cannot be used"),
     "corrupt checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b"PK" + b"x" * 999), r"not a whole"),
+        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b"PK" + b"x" * 99), r"cannot be used"),
     "foreign checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], foreign_checkpoint, r"is not a checkpoint of train.py"),
+        ["--init_from=resume", "--out_dir=a"], foreign_checkpoint, r"ckpt.pt cannot be used \(it has no .*config"),
     "another shape": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--hidden_size=64"], None,
         r"hidden_size is set to 64, but the network in a/ckpt.pt has 32"),
@@ -684,7 +699,7 @@ ERRORS = {
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"], poisoned_checkpoint,
         r"at iteration 4: a/ckpt.pt is untouched; lower learning_rate"),
     "hostile checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], lambda: torch.save(Bomb(), "a/ckpt.pt"), r"not a whole checkpoint"),
+        ["--init_from=resume", "--out_dir=a"], lambda: torch.save(Bomb(), "a/ckpt.pt"), r"ckpt.pt cannot be used"),
     "a file for a folder": (["--out_dir=data/text/meta.json"], None, r"meta.json: File exists: move it away, or use"),
     "a log on a full disk": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"],
@@ -730,7 +745,12 @@ def test_a_full_disk(place, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     text = run("--out_dir=a", *RESUME)
     assert text.startswith("error: a/ckpt.pt could not be written") and "No space left" in text
-    assert Path("a/ckpt.pt").read_bytes() == before and sorted(os.listdir("a")) == ["ckpt.pt", "log.csv", "loss.png"]
+    assert Path("a/ckpt.pt").read_bytes() == before and sorted(os.listdir("a")) == [
+        ".lock",
+        "ckpt.pt",
+        "log.csv",
+        "loss.png",
+    ]
 
 
 def test_out_of_memory(place, monkeypatch):

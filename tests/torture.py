@@ -442,7 +442,7 @@ def read_dataset(path):
 
 def read_rows(path):
     open_log(path, ITERS, 1, print)
-    return dict(enumerate(tuple(row.items()) for row in read_log(path)[1]))
+    return dict(enumerate(tuple(row.items()) for row in read_log(path)))
 
 
 TEXT = "text has no checksums"
