@@ -503,6 +503,9 @@ def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
     (["--seed=-1"], "seed is -1"),
     (["--muon_learning_rate=-1"], "muon_learning_rate is -1.0: it must be a number from 0 to 100"),
     (["--muon_learning_rate=1", "--learning_rate=0"], "beside a learning_rate above 0"),
+    (["--block_size=65"], "block_size 65 is longer than the context"),
+    (["--log_interval=0"], "log_interval is 0: it must be a whole number from 1"),
+    (["--num_attention_heads=3", "--num_key_value_heads=2"], "must be a multiple"),
 ])  # fmt: skip
 def test_numbers_out_of_range_are_refused(place, flags, message):
     """Once where they enter, by name."""
@@ -648,47 +651,18 @@ def break_file(name, change):
     return lambda: Path(name).write_bytes(change(Path(name).read_bytes()))
 
 
-def edit_meta(**values):
-    def edit():
-        path = Path("data/text/meta.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return edit
-
-
-def foreign_checkpoint():
-    torch.save({"model": {}, "step": 3}, "a/ckpt.pt")
-
-
 def poisoned_checkpoint():
     checkpoint = load("a")
     checkpoint["model"]["model.norm.weight"][0] = math.inf
     write_checkpoint("a/ckpt.pt", checkpoint)
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
 ERRORS = {
     "missing dataset": (["--dataset=nowhere"], None, r"nowhere/meta.json cannot be used .*run python prepare"),
-    "foreign dataset": ([], break_file("data/text/meta.json", lambda b: b"{"), r"meta.json cannot be used"),
-    "truncated bin": ([], break_file("data/text/train.bin", lambda b: b[:-1]), r"train.bin holds 5999 bytes, not 2"),
-    "changed bin": ([], break_file("data/text/val.bin", lambda b: b[:-1] + b"?"), r"val.bin does not have the sha256"),
-    "wrong dtype": ([], edit_meta(dtype="uint32"), r"dtype uint32"),
-    "large vocabulary": ([], edit_meta(vocab_size=50_257), r"vocab_size 50257, not uint16 and at most 49152"),
     "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val holds 500 tokens, fewer"),
-    "block beyond context": (["--block_size=65"], None, r"block_size 65 is longer than the context"),
-    "no log": (["--log_interval=0"], None, r"log_interval is 0: it must be a whole number from 1"),
-    "odd heads": (["--num_attention_heads=3", "--num_key_value_heads=2"], None, r"must be a multiple"),
     "missing checkpoint": (["--init_from=resume", "--out_dir=b"], None, r"there is no checkpoint b/ckpt.pt"),
     "truncated checkpoint": (
         ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"ckpt.pt cannot be used"),
-    "corrupt checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b"PK" + b"x" * 99), r"cannot be used"),
-    "foreign checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], foreign_checkpoint, r"ckpt.pt cannot be used \(it has no .*config"),
     "another shape": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--hidden_size=64"], None,
         r"hidden_size is set to 64, but the network in a/ckpt.pt has 32"),
@@ -698,8 +672,6 @@ ERRORS = {
     "poisoned checkpoint": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"], poisoned_checkpoint,
         r"at iteration 4: a/ckpt.pt is untouched; lower learning_rate"),
-    "hostile checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], lambda: torch.save(Bomb(), "a/ckpt.pt"), r"ckpt.pt cannot be used"),
     "a file for a folder": (["--out_dir=data/text/meta.json"], None, r"meta.json: File exists: move it away, or use"),
     "a log on a full disk": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"],
@@ -723,7 +695,6 @@ def test_errors(place, case, real_ids, capfd):
     assert text.startswith("error: ") and re.search(message, text) and "\n" not in text
     after = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file() and path.name != "log.csv"}
     assert after == {path: content for path, content in before.items() if path.name != "log.csv"}
-    assert not Path("exploded").exists()
 
 
 @pytest.mark.parametrize("flag", ["--max_itres=3", "--max_iters=many", "--dtype=float8"])
