@@ -442,7 +442,7 @@ def main(config):
         sys.exit("error: the comparison needs transformers: pip install -r requirements-dev.txt")
     if "startup" in rows:
         open_data("python", NETWORK.vocab_size, 256)  # train.py will read it: better missed now than after an hour
-    matmul, fp32 = pick_matmul(config.dtype, "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
+    matmul, fp32 = pick_matmul(config.dtype, "cpu"), pick_matmul("float32", "cpu")
     cpu, threads = processor(), torch.get_num_threads()
     print(
         f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}; minutes a row", flush=True

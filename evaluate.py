@@ -266,7 +266,7 @@ def table(columns):
 @one_line_errors("lower --batch_size, or --window")
 def main(config):
     device = pick_device(config.device)
-    dtype, precision = pick_matmul(config.dtype, "auto", device)
+    dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
     weights = [find_weights(name, config.out_dir) for name in (config.init_from, config.against) if name]
     for letter, source in zip("AB", weights, strict=False):

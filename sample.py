@@ -60,7 +60,7 @@ def main(config):
     talk = config.chat and config.prompt is None
     prompt = read_prompt("The" if config.prompt is None else config.prompt)
     device = pick_device(config.device)
-    dtype, precision = pick_matmul(config.dtype, "auto", device)
+    dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
     source = find_weights(config.init_from, config.out_dir)
     print(source.about)

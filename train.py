@@ -216,7 +216,7 @@ def resolve_matmul(config, device, saved, world_size):
     """
     if saved and (saved["config"]["dtype"], saved["config"]["device"]) == (config.dtype, config.device):
         return config.dtype, saved["machine"]["float32_matmul_precision"]
-    matmul = [pick_matmul(config.dtype, "auto", device, say)]
+    matmul = [pick_matmul(config.dtype, device, say)]
     if world_size > 1:
         dist.broadcast_object_list(matmul, device="cpu")  # two processes may measure different things
     return matmul[0]

@@ -2,7 +2,7 @@
 Choose device, dtype and matmul precision for this machine, by asking it and by measuring.
 
     device = pick_device("auto")                            # cuda, else mps, else cpu
-    dtype, precision = pick_matmul("auto", "auto", device)  # the fastest way to multiply matrices here
+    dtype, precision = pick_matmul("auto", device)  # the fastest way to multiply matrices here
     torch.set_float32_matmul_precision(precision)
     keep_memory()
     with autocast(device, dtype): ...
@@ -33,14 +33,14 @@ def pick_device(device, local_rank=0):
     return device
 
 
-def pick_matmul(dtype, precision, device, say=print):
+def pick_matmul(dtype, device, say=print):
     """
-    How to multiply matrices: `dtype`, "float32" or "bfloat16" (weights stay fp32), and `precision`, torch's
+    Return how to multiply matrices: the dtype, "float32" or "bfloat16" (weights stay fp32), and torch's
     float32_matmul_precision. On a CPU, "highest" and "medium" select two libraries, MKL and oneDNN. On an NVIDIA GPU,
     "high" is TF32.
 
-    "auto" asks a GPU for what it supports and times a CPU (0.2 s): on one CPU bf16 is three times faster than fp32, on
-    another eight times slower. "medium" is chosen only if its results are fp32's up to rounding.
+    dtype="auto" asks a GPU for what it supports and times a CPU (0.2 s): on one CPU bf16 is three times faster than
+    fp32, on another eight times slower. "medium" is chosen only if its results are fp32's up to rounding.
     """
     if device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 or V100 only emulates it, slowly
@@ -48,14 +48,12 @@ def pick_matmul(dtype, precision, device, say=print):
             sys.exit(f"error: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware: use --dtype=float32")
         if dtype == "auto" and not bf16:
             say(f"note: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware: float32 is used")
-        return dtype.replace("auto", "bfloat16" if bf16 else "float32"), precision.replace("auto", "high")
+        return dtype.replace("auto", "bfloat16" if bf16 else "float32"), "high"
     if device != "cpu":
-        return dtype.replace("auto", "float32"), precision.replace("auto", "highest")
+        return dtype.replace("auto", "float32"), "highest"
 
-    ways = [("float32", of) for of in (("highest", "medium") if precision == "auto" else (precision,))]
-    ways = [way for way in [*ways, ("bfloat16", "highest")] if dtype in ("auto", way[0])]
-    if len(ways) == 1:
-        return ways[0]
+    ways = [("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest")]
+    ways = [way for way in ways if dtype in ("auto", way[0])]
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 576, generator=generator), torch.randn(576, 1_536, generator=generator)
     exact, before = a.double() @ b.double(), torch.get_float32_matmul_precision()
