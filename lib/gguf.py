@@ -9,19 +9,16 @@ lib/tokenizer.py rebuilds tokenizer.json from a header.
 """
 
 import functools
-import math
-import mmap
-import os
 import re
-import struct
 import sys
 
 import gguf
 import numpy as np
 import torch
 
-from lib.errors import first_line
-from lib.layouts import deinterleave, interleave
+from lib.errors import usable
+
+AGAIN = "download or convert it again"
 
 NAMES = {  # llama.cpp's: the release's
     "token_embd": "model.embed_tokens",
@@ -42,74 +39,15 @@ NAMES = {  # llama.cpp's: the release's
 @functools.cache  # two seconds, most of them for the tokenizer's 98,052 strings
 def open_gguf(path):
     """The gguf package's reader of a file. Ends the program with one line if the file is damaged."""
-    if not os.path.isfile(path):  # a pipe would wait for a writer, for ever
-        sys.exit(f"error: {path} is not a file: name a .gguf file")
-    try:
-        check_header(path)
+    with usable(path, AGAIN):
         return gguf.GGUFReader(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # the gguf package has many ways to say that a file is damaged
-        sys.exit(f"error: {path} is not a whole GGUF file: {first_line(error)}: download or convert it again")
-
-
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # a value's type in the header: bytes
-STRING, ARRAY = 8, 9
-U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
-
-
-def check_header(path):
-    """
-    Raise ValueError if the header counts or measures more than the file holds. The gguf package believes every count,
-    and would fill the memory or never end.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        size, at = len(content), 0
-
-        def skip(n):
-            nonlocal at
-            if n > size - at:
-                raise ValueError(f"its header asks for {n:,} bytes from byte {at:,} on, but it has {size:,}")
-            at += n
-
-        def number(form):
-            skip(form.size)
-            return form.unpack_from(content, at - form.size)[0]
-
-        def skip_values(kind, n):
-            if kind in SCALARS:
-                return skip(n * SCALARS[kind])
-            if kind != STRING:
-                raise ValueError(f"its header has a value of the unknown type {kind}")
-            for _ in range(n):  # ends early, for each string takes at least 8 bytes
-                skip(number(U64))
-
-        skip(4)
-        if content[:4] != b"GGUF" or number(U32) not in gguf.gguf_reader.READER_SUPPORTED_VERSIONS:
-            raise ValueError("it does not begin as a little-endian GGUF of version 2 or 3 does")
-        tensors, fields = number(U64), number(U64)
-        for _ in range(fields):
-            skip_values(STRING, 1)
-            kind, n = number(U32), 1
-            if kind == ARRAY:
-                kind, n = number(U32), number(U64)
-            skip_values(kind, n)
-        for _ in range(tensors):
-            skip_values(STRING, 1)
-            dims = [number(U64) for _ in range(number(U32))]
-            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number(U32))]
-            end = number(U64) + math.prod(dims) // block * block_bytes
-            if end > size or len(dims) > 4:
-                raise ValueError(f"a tensor of shape {str(dims)[:60]} goes to byte {end:,}, but it has {size:,}")
 
 
 def header_value(path, key):
     """A value of the header, or None if it has none of that name."""
     field = open_gguf(path).get_field(key)
-    try:
-        return None if field is None else field.contents()
-    except (ValueError, IndexError) as error:  # a string that is not UTF-8
-        sys.exit(f"error: {path} has a damaged {key} in its header ({first_line(error)}): download or convert it again")
+    with usable(path, AGAIN):
+        return field and field.contents()
 
 
 def read_gguf_config(path):
@@ -120,8 +58,6 @@ def read_gguf_config(path):
         if (value := header_value(path, key)) is None:
             sys.exit(f"error: {path} has no {key} in its header: only GGUF files of Llama networks are read")
         return value
-
-    eps = header("llama.attention.layer_norm_rms_epsilon")
 
     return {
         "model_type": header("general.architecture"),
@@ -135,7 +71,7 @@ def read_gguf_config(path):
         "max_position_embeddings": header("llama.context_length"),
         "rope_theta": header("llama.rope.freq_base"),
         "rope_scaling": None if scaling is None else {"type": "default" if scaling == "none" else scaling},
-        "rms_norm_eps": float(f"{eps:.6g}") if isinstance(eps, float) else eps,  # fp32 in the file
+        "rms_norm_eps": float(f"{header('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # fp32 in the file
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in open_gguf(path).tensors),
     }
 
@@ -158,10 +94,8 @@ def read_gguf_tensors(path):
     for tensor in open_gguf(path).tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
         block, part = match.groups() if match else (None, None)
-        try:
+        with usable(path, f"the gguf package does not read {tensor.tensor_type.name}"):
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        except NotImplementedError:
-            sys.exit(f"error: {path} is quantised to {tensor.tensor_type.name}, which the gguf package does not read")
         heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
         if part in ("attn_q", "attn_k") and values.shape[:1] == (heads * config["head_dim"],):
             values = deinterleave(values, config["head_dim"])  # another shape is for load_network to refuse
@@ -258,3 +192,31 @@ def add_tokenizer(writer, vocab_size, tokenizer, special_ids, chat_template):
     writer.add_add_space_prefix(False)
     if chat_template:
         writer.add_chat_template(chat_template)
+
+
+# ---------------------------------------------------------------------------------------------
+# Row orders. Reordering a matrix's rows or heads is exactly the same as computing with another convention, so verify.py
+# and discover.py use these to try the wrong ones. w: (heads * D, C), D the head dimension.
+
+
+def deinterleave(w, head_dim):
+    """
+    Row 2i of each head becomes row i, row 2i + 1 becomes row i + D/2: from llama.cpp's order of q and k, where
+    RoPE rotates neighbours, to the release's half-split order. Applied to weights that are in half-split order
+    already, it makes model.py compute interleaved RoPE.
+    """
+    return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def interleave(w, head_dim):
+    """The inverse of deinterleave: from the release's order of q and k to llama.cpp's."""
+    return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def tile_heads(w, dim, num_attention_heads, num_key_value_heads):
+    """
+    Query head j * K + k becomes head k * H/K + j, along `dim` of q_proj (0) or o_proj (1). Then model.py, where
+    head h uses KV head h // (H/K), computes what a network would in which it uses KV head h % K.
+    """
+    H, K = num_attention_heads, num_key_value_heads
+    return w.unflatten(dim, (H // K, K, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)

