@@ -13,7 +13,7 @@ Text or conversations go in; data/<name>/train.bin, val.bin and meta.json come o
 lib/folders.py finds the files, lib/readers.py reads them, lib/conversations.py knows a conversation by its columns, and
 lib/dataset.py says what is in the files that come out. Text is read, cut and encoded a few hundred kB at a time, so
 memory does not grow with the length of a document or the size of the corpus. An interrupted run goes on after its last
-whole shard (lib/shards.py). lib/parts.py merges the shares of many machines, lib/tokenized.py reads datatrove's files.
+whole shard (lib/shards.py). lib/parts.py merges the shares of many machines, lib/dataset.py reads datatrove's files.
 """
 
 import collections
@@ -47,6 +47,7 @@ from lib.conversations import (
     with_answers,
     write_rows,
 )
+from lib.dataset import read_tokenized
 from lib.decoding import COMPRESSED, CONVERT, decompressed_name
 from lib.errors import first_line
 from lib.files import owned_folder, written_whole
@@ -55,7 +56,6 @@ from lib.parts import listing, merge, part_folder, share
 from lib.python_chat import python_chat
 from lib.readers import CHUNK, ROWS, SUFFIXES, conversation, documents, format_of
 from lib.shards import after, flushed, put_dataset_in_place, unfinished, write_bins
-from lib.tokenized import read_tokenized
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 

@@ -1,11 +1,10 @@
 """
 What the scripts share, a room a subject. Rooms import no script, only each other, model.py and libraries.
 
-    dataset      data/<name>/: train.bin, val.bin, meta.json
-    shards       an array of token ids in several files, written and read; what an interrupted run goes on from
+    dataset      data/<name>/: its files of ids as arrays; datatrove's files of ids
+    shards       what an interrupted preparation goes on from
     parts        the shares of a corpus that many machines prepare, and their merge
-    tokenized    datatrove's files of token ids -> a dataset
-    batches      an array of token ids -> blocks of them, in a computed order
+    batches      an array of token ids -> blocks of them, in a computed order; a mean with its standard error
     tokenizer    tokenizer.json -> tiktoken.Encoding; text <-> ids
     chat         the Instruct releases' chat template
     conversations  rows with questions and answers -> messages -> ids and masks, packed
@@ -17,7 +16,6 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     optimizer    AdamW, Muon and the learning-rate schedule
     checkpoint   ckpt.pt, its keys and versions
     log          log.csv, loss.png, the closing summary
-    estimates    a number with its standard error
     pictures     a picture that reads on a light and on a dark page
     trackers     log.csv's rows to trackio, wandb or tensorboard
     config_file  `name = value` files -> settings

@@ -1,179 +1,195 @@
 """
-data/<dataset>/train.bin, val.bin and meta.json: prepare_data.py writes them, train.py reads them here.
+data/<dataset>/: prepare_data.py writes it, train.py reads it here.
 
     train_data, val_data, meta = open_data("python", vocab_size=49_152, block_size=256)
+    counts = read_tokenized(files, encoding, val_fraction=0.1)      # datatrove's .ds files, as parts of meta.json
 
-A .bin is a flat array of little-endian uint16 token ids. Each document ends with <|endoftext|>, id 0. A dataset of
-conversations is rows of block_size + 1 ids. Beside each of its .bin files a mask, train_mask.bin or val_mask.bin, has
-a byte for each id: 1 if the id is to be learnt (the assistant's words), 0 if it is only read. A large train.bin is
-several files instead, shards, which are read as if they were one.
+train.bin and val.bin are flat arrays of little-endian uint16 token ids. Each document ends with <|endoftext|>, id 0. A
+dataset of conversations is rows of block_size + 1 ids. Each of its .bin files has a mask, train_mask.bin or
+val_mask.bin, with a byte for each id: 1 if the id is to be learned (the assistant's words), 0 if it is only read.
+A split may also be several files anywhere, which are read as one array.
 
 The keys of meta.json:
     name                 of the dataset
     dtype, vocab_size    "uint16", and every id is below vocab_size
-    tokenizer            the --official= name that the tokenizer came from
-    tokenizer_sha256     of its tokenizer.json
-    sources              what the text is, a sha256 of all documents, counts of documents and of oddities
-    train, val           of each .bin: tokens, bytes of text, documents, sha256
-    train, val           only if it is not one file of that name: shards, a list of its files, with tokens and sha256
-                         of each. The split's own sha256 is then that of theirs.
+    tokenizer_sha256     of tokenizer.json
+    sources              where the text is from, a sha256 of all documents, counts of documents
+    train, val           tokens, bytes of text, documents, sha256
+                         of several files: shards, a list of each one's path ("file"), tokens and sha256. The split's
+                         own sha256 is then that of theirs, joined in hexadecimal.
+                         of conversations: loss_tokens (ones in the mask; `bytes` are those of their text), mask_sha256
     block_size           conversations only: a row is one id longer
-    train, val           conversations only: loss_tokens (ones in the mask; `bytes` are those of their text), padding,
-                         cut (conversations that were longer than a row), mask_sha256
 """
 
 import hashlib
-import reprlib
+import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from lib.files import read_json, sha256_of
-from lib.shards import Shards, sha256_of_shards, shards_of
+from lib.errors import usable
+from lib.files import sha256_of
+from lib.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, token_sizes
 
-TRUSTED = 2**30  # bytes: a larger .bin is sampled, because reading it all would take longer than a second
-SAMPLES, BLOCK = 64, 2**20  # that many blocks of that many bytes
+CHECKED = 2**30  # bytes: of a larger split only the files' sizes are checked, because reading it would take seconds
 
 
 class Split(NamedTuple):
-    """One half of a dataset, memory-mapped."""
+    """One half of a dataset. A single file is memory-mapped; several are Files, which can only be sliced."""
 
     ids: np.ndarray  # (N,) uint16
-    mask: np.ndarray | None  # (N,) uint8: 1 for an id to be learnt; None if all are
+    mask: np.ndarray | None  # (N,) uint8: 1 for an id to be learned; None if all are
+
+
+class Files:
+    """
+    The ids in several files, one after another, as an array that can be sliced: (N,) uint16. A file is open only while
+    a slice is read: a corpus has thousands of files, and each memory map would hold a file descriptor.
+    """
+
+    def __init__(self, paths):
+        self.paths = paths
+        self.starts = np.cumsum([0, *(path.stat().st_size // 2 for path in paths)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, span):
+        start, stop, _ = span.indices(len(self))
+        parts = [np.empty(0, "<u2")]
+        while start < stop:
+            i = int(np.searchsorted(self.starts, start, side="right")) - 1
+            count = min(stop, int(self.starts[i + 1])) - start
+            with usable(self.paths[i], "put the dataset back as it was, then resume"):
+                part = np.fromfile(self.paths[i], "<u2", count, offset=2 * (start - int(self.starts[i])))
+                if len(part) < count:
+                    raise ValueError("it has become shorter")
+            parts.append(part)
+            start += count
+        return np.concatenate(parts)
 
 
 def open_data(dataset, vocab_size, block_size, data_dir="data"):
     """
     Open data/<dataset>/ as (train, val, meta): two Splits, and the dict in meta.json with loss_tokens in every split.
-    Ends the program with one line if the files disagree, have less than one block, need a larger vocab_size, or were
-    prepared for another block_size. block_size=None: the one they were prepared for, or any length.
+    Ends the program with one line if a file is missing or damaged, or does not fit vocab_size or block_size.
+    block_size=None: the one that conversations were prepared for, or any length.
     """
     folder = Path(data_dir) / dataset
     built_in = dataset in ("python", "python_chat", "shakespeare")
-    way_out = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={dataset}'}"
-    meta = read_json(folder / "meta.json", way_out)
-    what = meta["sources"].get("what") if isinstance(meta.get("sources"), dict) else None
-    if isinstance(what, str) and not built_in:
-        way_out = f"prepare it again with --name={dataset}, from {what.splitlines()[0] if what else 'its text'}"
-    check_meta(meta, folder / "meta.json", vocab_size, way_out)
-    block_size = meta.get("block_size", 1) if block_size is None else block_size
-    rows = meta.get("block_size", block_size)
-    if rows != block_size:
-        sys.exit(
-            f"error: {folder} holds conversations in rows for block_size {rows}, not {block_size}: "
-            f"give --block_size={rows}, or prepare them again with --block_size={block_size}"
-        )
-    splits = []
-    for split in ("train", "val"):
-        tokens, shards = meta[split]["tokens"], shards_of(meta[split], split)
-        paths = [folder / shard["file"] for shard in shards]
-        for path, shard in zip(paths, shards, strict=True):
-            if not path.is_file():  # a pipe would wait for a writer, for ever
-                sys.exit(f"error: {path} {'is not a file' if path.exists() else 'does not exist'}: {way_out}")
-            size = path.stat().st_size
-            if size != 2 * shard["tokens"]:
-                sys.exit(f"error: {path} holds {size} bytes, not 2 for each of {shard['tokens']} tokens: {way_out}")
-        ids = np.memmap(paths[0], dtype="<u2", mode="r") if len(paths) == 1 else Shards(paths)
-        small = 2 * tokens < TRUSTED
-        for path, shard in zip(paths, shards, strict=True) if small else ():
-            sha256, largest = read_through(path)
-            if sha256 != shard["sha256"]:
-                sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
-            check_largest(largest, path, meta, way_out)
-        if not small:
-            check_largest(sampled_largest(ids), paths[0] if len(paths) == 1 else f"{folder}, {split}", meta, way_out)
-        if tokens < block_size + 1:
+    hint = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={dataset}'}"
+    if not (folder / "meta.json").is_file():
+        sys.exit(f"error: {folder}/meta.json does not exist: {hint}")
+    with usable(folder / "meta.json", hint):
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if meta["dtype"] != "uint16" or meta["vocab_size"] > vocab_size:
+            raise ValueError(f"{meta['dtype']} ids below {meta['vocab_size']}, not uint16 below {vocab_size}")
+        rows = meta.get("block_size", block_size)
+        if block_size is not None and rows != block_size:
             sys.exit(
-                f"error: {folder}, {split} holds {tokens} tokens, fewer than one block of {block_size} + 1: "
+                f"error: {folder} holds conversations in rows for block_size {rows}, not {block_size}: "
+                f"give --block_size={rows}, or prepare them again with --block_size={block_size}"
+            )
+        splits = [open_split(folder, split, meta, hint) for split in ("train", "val")]
+    for split, data in zip(("train", "val"), splits, strict=True):
+        if len(data.ids) < (rows or 1) + 1:
+            sys.exit(
+                f"error: {folder}, {split} holds {len(data.ids)} tokens, fewer than one block of {rows or 1} + 1: "
                 "lower block_size, or prepare more text"
             )
-        mask = open_mask(folder / f"{split}_mask.bin", meta[split], way_out) if "block_size" in meta else None
-        meta[split].setdefault("loss_tokens", tokens)
-        splits.append(Split(ids, mask))
     return *splits, meta
 
 
-def check_largest(largest, path, meta, way_out):
-    """End the program with one line if the largest id found in a .bin is not below vocab_size."""
-    if largest >= meta["vocab_size"]:
-        sys.exit(f"error: {path} holds the id {largest}, but meta.json has vocab_size {meta['vocab_size']}: {way_out}")
+def open_split(folder, split, meta, hint):
+    """Open the files of "train" or "val" as a Split, each checked against meta.json."""
+    counts = meta[split]
+    if min(counts["tokens"], counts["bytes"]) < 1:
+        raise ValueError(f"{split} is empty")
+    files = counts.get("shards", [{"file": f"{split}.bin", "tokens": counts["tokens"], "sha256": counts["sha256"]}])
+    small = 2 * counts["tokens"] < CHECKED
+    for file in files:
+        sha256 = file["sha256"] if small else None
+        ids = open_array(folder / file["file"], "<u2", file["tokens"], sha256, meta["vocab_size"], hint)
+    if len(files) > 1:
+        ids = Files([folder / file["file"] for file in files])
+    mask = None
+    if "block_size" in meta:
+        sha256 = counts["mask_sha256"] if small else None
+        mask = open_array(folder / f"{split}_mask.bin", np.uint8, counts["tokens"], sha256, 2, hint)
+    counts.setdefault("loss_tokens", counts["tokens"])
+    return Split(ids, mask)
 
 
-def open_mask(path, counts, way_out):
-    """The mask in `path`, (N,) uint8. counts: what meta.json says of its split."""
-    if not path.is_file() or path.stat().st_size != counts["tokens"]:
-        sys.exit(f"error: {path} is not a file with a byte for each of {counts['tokens']} tokens: {way_out}")
-    if path.stat().st_size < TRUSTED and sha256_of(path) != counts["mask_sha256"]:
-        sys.exit(f"error: {path} does not have the sha256 that meta.json gives: {way_out}")
-    return np.memmap(path, dtype=np.uint8, mode="r")
+def open_array(path, dtype, count, sha256, limit, hint):
+    """Memory-map `count` numbers below `limit`. sha256: of the file; with None only its size is checked."""
+    with usable(path, hint):
+        array = np.memmap(path, dtype, mode="r")
+        if len(array) != count:
+            raise ValueError(f"it holds {len(array)} numbers, not the {count} of meta.json")
+        if sha256 is not None and sha256_of(path) != sha256:
+            raise ValueError("its sha256 is not the one in meta.json")
+        if sha256 is not None and array.max() >= limit:
+            raise ValueError(f"it holds the number {array.max()}, not only numbers below {limit}")
+        return array
 
 
-def check_meta(meta, path, vocab_size, way_out):
-    """End the program with one line if meta.json lacks a key that train.py needs, or has a wrong value there."""
-
-    def wrong(name, value, wanted):
-        sys.exit(f"error: {path} has {name} {reprlib.repr(value)}, not {wanted}: {way_out}")
-
-    def whole(value):
-        return type(value) is int and 0 < value < 2**62
-
-    dtype, ids = meta.get("dtype"), meta.get("vocab_size")
-    if dtype != "uint16" or not whole(ids) or ids > vocab_size:
-        said = dtype if dtype in ("uint16", "uint32") else reprlib.repr(dtype)
-        wrong(f"dtype {said} and vocab_size", ids, f"uint16 and at most {vocab_size}")
-    conversations = "block_size" in meta
-    if conversations and not whole(meta["block_size"]):
-        wrong("block_size", meta["block_size"], "a number above 0")
-    for name in ("tokenizer", "tokenizer_sha256"):
-        if not isinstance(meta.get(name, ""), str):
-            wrong(name, meta[name], "a name")
-    for split in ("train", "val"):
-        counts = meta.get(split)
-        if not isinstance(counts, dict):
-            wrong(split, counts, "counts of its tokens and bytes")
-        for name in ("tokens", "bytes", *(("loss_tokens",) if conversations else ())):
-            if not whole(counts.get(name)):
-                wrong(f"{split} {name}", counts.get(name), "a number above 0")
-        for name in ("sha256", *(("mask_sha256",) if conversations else ())):
-            if not isinstance(counts.get(name), str):
-                wrong(f"{split} {name}", counts.get(name), "a checksum")
-        if "shards" in counts:
-            check_shards(split, counts, wrong)
-        if conversations and "shards" in counts:
-            wrong(f"{split} shards", "several", "none: conversations are one file")
-        if conversations and counts["tokens"] % (meta["block_size"] + 1):
-            wrong(f"{split} tokens", counts["tokens"], f"whole rows of {meta['block_size'] + 1}")
+AGAIN = "tokenize again with DocumentTokenizer(tokenizer_name_or_path=SmolLM2's, eos_token='<|endoftext|>')"
 
 
-def check_shards(split, counts, wrong):
-    """Call wrong(name, value, wanted), which ends the program, if the shards in meta.json do not fit their split."""
-    kinds, shards = {"file": str, "tokens": int, "sha256": str}, counts["shards"]
-    if not isinstance(shards, list) or not shards:
-        wrong(f"{split} shards", shards, "a list of files")
-    for shard in shards:
-        if not isinstance(shard, dict) or any(type(shard.get(name)) is not kind for name, kind in kinds.items()):
-            wrong(f"{split} shard", shard, "a file, its tokens and its sha256")
-        if shard["tokens"] < 1:
-            wrong(f"{split} shard of tokens", shard["tokens"], "a number above 0")
-    if (tokens := sum(shard["tokens"] for shard in shards)) != counts["tokens"]:
-        wrong(f"{split} tokens", counts["tokens"], f"{tokens}, which its shards add up to")
-    if (sha256 := sha256_of_shards(shards)) != counts["sha256"]:
-        wrong(f"{split} sha256", counts["sha256"], f"{sha256}, that of its shards")
+def read_tokenized(files, encoding, val_fraction):
+    """
+    Read the .ds files of datatrove's DocumentTokenizer, list of Path, and return {split: its part of meta.json}. The
+    ids stay where they are. datatrove distributes documents by file, not by a hash of their content, so val is the last
+    files. Ends the program with one line if a file is not whole, or if its ids are not those of SmolLM2's tokenizer.
+    """
+    folder = files[0].parent
+    files = [file for file in files if file.stat().st_size]  # a task without documents writes an empty file
+    if len(files) < 2:
+        sys.exit(f"error: {folder} needs two .ds files with ids, for train and val: tokenize with tasks=2 or more")
+    kinds = {re.search("(unshuffled|doc_shuffled|chunk_shuffled|)$", file.stem)[0] for file in files}
+    if len(kinds) > 1:  # datatrove deletes *_unshuffled.ds after it has shuffled it
+        both = " and ".join(sorted(kinds))
+        sys.exit(f"error: {folder} has {both} files, perhaps of the same documents: keep one kind")
+    held_out = min(len(files) - 1, max(1, round(val_fraction * len(files))))
+    tqdm.write(f"val: the last {held_out:,} of {len(files):,} files; a document that is in two files may sit in both")
+    if any(Path(f"{file}.loss").exists() for file in files):
+        tqdm.write("note: loss masks (.ds.loss) are not read: every token is learned")
+    counts, sizes = {}, token_sizes(encoding, VOCAB_SIZE)
+    for split, part in (("train", files[:-held_out]), ("val", files[-held_out:])):
+        frequency, shards = np.zeros(VOCAB_SIZE, np.int64), []
+        for path in tqdm(part, desc=split, disable=None):
+            frequency += count_ids(path, encoding)
+            shards.append({"file": str(path.resolve()), "tokens": path.stat().st_size // 2, "sha256": sha256_of(path)})
+        counts[split] = {
+            "tokens": int(frequency.sum()),
+            "bytes": int(frequency @ sizes),
+            "documents": int(frequency[END_OF_TEXT]),
+            "sha256": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+            "shards": shards,
+        }
+    return counts
 
 
-def read_through(path):
-    """(sha256, largest id) of a .bin."""
-    digest, largest = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            largest = max(largest, int(np.frombuffer(block, "<u2").max()))
-    return digest.hexdigest(), largest
-
-
-def sampled_largest(ids):
-    """The largest of the ids, (N,), in blocks spread evenly over them, from the first to the last."""
-    n = BLOCK // 2
-    return max(int(ids[start : start + n].max()) for start in np.linspace(0, len(ids) - n, SAMPLES, dtype=int).tolist())
+def count_ids(path, encoding):
+    """Count how often each id occurs in a .ds file, (V,), after checks that it is whole and SmolLM2's."""
+    about = Path(f"{path}.metadata")  # written last: "tokenizer|bytes per id", number of ids
+    with usable(about, "run its task again"):
+        tokenizer, tokens = about.read_text().splitlines()[:2]
+    with usable(path, AGAIN):
+        if not tokenizer.endswith("|2") or path.stat().st_size != 2 * int(tokens):
+            raise ValueError(f"it has {path.stat().st_size} bytes, .metadata has {tokens} ids of {tokenizer}")
+        ids, block = np.memmap(path, "<u2", mode="r"), 2**20
+        frequency = sum(np.bincount(ids[i : i + block], minlength=2**16) for i in range(0, len(ids), block))
+        if frequency[VOCAB_SIZE:].any():
+            raise ValueError(f"it holds ids of {VOCAB_SIZE} and above")
+        # Not all documents must agree: one that has a special token's name in its text has other ids.
+        ends = np.flatnonzero(ids[:block] == END_OF_TEXT)[:10]
+        documents = [part[part != END_OF_TEXT].tolist() for part in np.split(ids[:block], ends)[:-1]]
+        same = [encode(encoding, encoding.decode(document)) == document for document in documents]
+        if not same or 2 * sum(same) < len(same):
+            raise ValueError("its first documents, decoded and encoded again, have other ids")
+        return frequency[:VOCAB_SIZE]

@@ -1,18 +1,42 @@
-"""dataset.py: what prepare_data.py wrote is opened; what a damaged or foreign folder gets."""
+"""lib/dataset.py: prepared data and datatrove's files are opened as they were written; damaged ones get one line."""
 
+import hashlib
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from datatrove.data import Document
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.tokens import DocumentTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import refusal, write_dataset
 
+from configurator import configure
 from lib import dataset
-from lib.dataset import open_data
+from lib.batches import get_blocks
+from lib.dataset import Files, open_data, read_tokenized
+from lib.tokenizer import encode, tokenizer_json
+from prepare_data import PrepareConfig, main
 
 
 def opened(tmp_path, name="notes"):
     return open_data(name, 50, 8, tmp_path)
+
+
+def write_files(folder, train):
+    """A dataset whose train split is several files; returns what is in meta.json."""
+    meta, shards = write_dataset(folder, sum(train, [])), []
+    for i, ids in enumerate(train):
+        content = np.array(ids, "<u2").tobytes()
+        (folder / f"{i}.ds").write_bytes(content)
+        shards.append({"file": f"{i}.ds", "tokens": len(ids), "sha256": hashlib.sha256(content).hexdigest()})
+    (folder / "train.bin").unlink()
+    meta["train"]["shards"] = shards
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return meta
 
 
 def test_a_dataset_is_opened(tmp_path):
@@ -29,40 +53,68 @@ def test_conversations_are_opened_with_their_masks(tmp_path):
     write_dataset(folder, train=range(45), val=range(18), mask=[0, 1, 1], block_size=8)
     train, val, meta = opened(tmp_path, "chat")
     assert train.mask.tolist() == [0, 1, 1] * 15 and meta["train"]["loss_tokens"] == 30
+    assert open_data("chat", 50, None, tmp_path)[2] == meta
     assert "--block_size=8" in refusal(open_data, "chat", 50, 16, tmp_path)
-    for spoil, word in ((lambda old: old[:-1], "a byte for each"), (lambda old: b"\1" + old[1:], "sha256")):
-        whole = (folder / "val_mask.bin").read_bytes()
-        (folder / "val_mask.bin").write_bytes(spoil(whole))
+    whole = (folder / "val_mask.bin").read_bytes()
+    for content, word in ((whole[:-1], "holds 17 numbers, not the 18"), (b"\1" + whole[1:], "sha256"), (b"", "empty")):
+        (folder / "val_mask.bin").write_bytes(content)
         assert word in refusal(opened, tmp_path, "chat")
-        (folder / "val_mask.bin").write_bytes(whole)
     (folder / "val_mask.bin").unlink()
-    assert "val_mask.bin" in refusal(opened, tmp_path, "chat")
-    write_dataset(folder, train=range(44), val=range(18), mask=[0, 1], block_size=8)
-    assert "whole rows of 9" in refusal(opened, tmp_path, "chat")
+    assert "val_mask.bin cannot be used (No such file" in refusal(opened, tmp_path, "chat")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
+    ends=st.tuples(st.integers(0, 30) | st.none(), st.integers(0, 30) | st.none()),
+)
+def test_several_files_are_sliced_like_one_array(sizes, ends, tmp_path_factory):
+    folder, whole, at = tmp_path_factory.mktemp("files"), np.arange(sum(sizes), dtype="<u2"), 0
+    for i, size in enumerate(sizes):
+        whole[at : at + size].tofile(folder / str(i))
+        at += size
+    ids = Files([folder / str(i) for i in range(len(sizes))])
+    part = ids[slice(*ends)]
+    assert len(ids) == len(whole) and part.dtype == np.uint16 and part.tolist() == whole[slice(*ends)].tolist()
+
+
+def test_one_file_and_several_give_the_same_batches(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50, 500).tolist()
+    write_dataset(tmp_path / "one", ids)
+    write_files(tmp_path / "several", [ids[:7], ids[7:300], ids[300:]])
+    (a, *_), (b, *_) = (opened(tmp_path, name) for name in ("one", "several"))
+    for first in range(0, 200, 20):
+        for x, y in zip(get_blocks(a.ids, first, 20, 8, 7), get_blocks(b.ids, first, 20, 8, 7), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_file_that_is_lost_while_it_is_used_gets_one_line(tmp_path):
+    write_files(tmp_path / "notes", [[7] * 20, [8] * 20])
+    ids = opened(tmp_path)[0].ids
+    second = tmp_path / "notes/1.ds"
+    second.write_bytes(second.read_bytes()[:-2])
+    assert "1.ds cannot be used (it has become shorter): put the dataset back" in refusal(lambda: ids[30:40])
+    second.unlink()
+    assert "1.ds cannot be used (No such file" in refusal(lambda: ids[19:21])
+    assert ids[:20].tolist() == [7] * 20  # a slice needs only its own files
 
 
 TRAIN = dict(tokens=40, bytes=120, sha256="")
 META = {
-    "a list": ("[1]", "not an object"),
-    "nested": ("[" * 100_000, "nested too deep"),
-    "cut": ('{"dtype": ', "not JSON"),
-    "binary": (b"\xff\xfe\x00", "not JSON"),
-    "empty object": ({}, "dtype None and vocab_size None"),
-    "a list for a dtype": ({"dtype": []}, "dtype []"),
-    "no vocabulary": ({"vocab_size": None}, "vocab_size None"),
-    "true for a vocabulary": ({"vocab_size": True}, "vocab_size True"),
-    "a vocabulary in words": ({"vocab_size": "50"}, "vocab_size '50'"),
-    "a larger vocabulary": ({"vocab_size": 51}, "vocab_size 51"),
-    "no train": ({"train": None}, "train None"),
-    "a list for train": ({"train": [40]}, "train [40]"),
-    "tokens in words": ({"train": TRAIN | {"tokens": "40"}}, "train tokens '40'"),
-    "no tokens": ({"train": TRAIN | {"tokens": 0}}, "train tokens 0"),
-    "half tokens": ({"train": TRAIN | {"tokens": 40.5}}, "train tokens 40.5"),
-    "no bytes": ({"train": TRAIN | {"bytes": 0}}, "train bytes 0"),
-    "negative bytes": ({"train": TRAIN | {"bytes": -3}}, "train bytes -3"),
-    "no sum": ({"train": TRAIN | {"sha256": None}}, "train sha256 None"),
-    "another sum": ({"train": TRAIN}, "sha256 that meta.json gives"),
-    "a number for a tokenizer": ({"tokenizer": 3}, "tokenizer 3"),
+    "a list": ("[1]", "list indices"),
+    "nested": ("[" * 100_000, "maximum recursion depth"),
+    "cut": ('{"dtype": ', "Expecting value"),
+    "binary": (b"\xff\xfe\x00", "decode"),
+    "empty object": ({}, "it has no dtype"),
+    "another dtype": ({"dtype": "uint32"}, "uint32 ids below 50, not uint16"),
+    "a vocabulary in words": ({"vocab_size": "50"}, "'str' and 'int'"),
+    "a larger vocabulary": ({"vocab_size": 51}, "ids below 51, not uint16 below 50"),
+    "no train": ({"train": None}, "NoneType"),
+    "tokens in words": ({"train": TRAIN | {"tokens": "40"}}, "'int' and 'str'"),
+    "no tokens": ({"train": TRAIN | {"tokens": 0}}, "train is empty"),
+    "other tokens": ({"train": TRAIN | {"tokens": 41}}, "train.bin cannot be used (it holds 40 numbers, not the 41"),
+    "no bytes": ({"train": TRAIN | {"bytes": 0}}, "train is empty"),
+    "another sum": ({"train": TRAIN}, "train.bin cannot be used (its sha256 is not"),
 }
 
 
@@ -76,33 +128,82 @@ def test_a_foreign_meta_json_gets_one_line(how, tmp_path):
     assert word in refusal(opened, tmp_path)
 
 
-def test_ids_beyond_the_vocabulary_get_one_line(tmp_path, monkeypatch):
-    write_dataset(tmp_path / "notes", val=[*range(19), 50])
-    assert "val.bin holds the id 50" in refusal(opened, tmp_path)
-    monkeypatch.setattr(dataset, "TRUSTED", 30)  # now both files are large, and only blocks of them are read
-    monkeypatch.setattr(dataset, "BLOCK", 8)
-    assert "val.bin holds the id 50" in refusal(opened, tmp_path)
-    write_dataset(tmp_path / "notes", train=[49] * 40)
-    assert opened(tmp_path)[0].ids.tolist() == [49] * 40
-    write_dataset(tmp_path / "notes", train=[0] * 20 + [999] * 10 + [0] * 10)
-    assert "train.bin holds the id 999" in refusal(opened, tmp_path)
+def test_missing_and_damaged_files_get_one_line(tmp_path, monkeypatch):
+    assert refusal(opened, tmp_path, "python").endswith(
+        "python/meta.json does not exist: run python prepare_data.py --dataset=python"
+    )
+    assert refusal(opened, tmp_path).endswith(": run python prepare_data.py --dataset=TEXT --name=notes")
+    folder = tmp_path / "notes"
+    write_dataset(folder, val=[*range(19), 50])
+    assert "val.bin cannot be used (it holds the number 50" in refusal(opened, tmp_path)
+    write_dataset(folder, val=range(8))
+    assert "val holds 8 tokens, fewer than one block of 8 + 1" in refusal(opened, tmp_path)
+    write_files(folder, [[7] * 20, [49] * 20])
+    assert opened(tmp_path)[0].ids[:].tolist() == [7] * 20 + [49] * 20
+    whole = (folder / "1.ds").read_bytes()
+    for content, word in ((whole[:-2], "19 numbers"), (whole[:-1], "multiple"), (b"\1" + whole[1:], "sha256")):
+        (folder / "1.ds").write_bytes(content)
+        assert "1.ds cannot be used (" in refusal(opened, tmp_path) and word in refusal(opened, tmp_path)
+    monkeypatch.setattr(dataset, "CHECKED", 30)  # now train is large, and only its size is checked
+    assert len(opened(tmp_path)[0].ids) == 40
+    (folder / "1.ds").unlink()
+    assert "1.ds cannot be used (No such file" in refusal(opened, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin"])
-def test_a_pipe_or_a_folder_for_a_file_gets_one_line(name, tmp_path):
-    for make in (os.mkfifo, os.mkdir):
-        folder = tmp_path / make.__name__
-        write_dataset(folder)
-        (folder / name).unlink()
-        assert f"{name} does not exist" in refusal(open_data, folder.name, 50, 8, tmp_path)
-        make(folder / name)
-        assert f"{name} is not a file" in refusal(open_data, folder.name, 50, 8, tmp_path)
+# ---- datatrove's files
+
+STORIES = [f"Story {i}: {'the cat sat on the mat, ' * (i % 9)}it was {i * i}.\n" for i in range(240)]
 
 
-def test_the_way_out_is_right_for_each_kind_of_dataset(tmp_path):
-    for name in ("python", "shakespeare"):
-        assert refusal(opened, tmp_path, name).endswith(f": run python prepare_data.py --dataset={name}")
-    assert refusal(opened, tmp_path, "notes").endswith("--dataset=TEXT --name=notes")  # no trace of its source
-    write_dataset(tmp_path / "notes")
-    (tmp_path / "notes/train.bin").unlink()
-    assert refusal(opened, tmp_path).endswith(": prepare it again with --name=notes, from my/notes.txt")
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """A folder that datatrove's own DocumentTokenizer wrote, in four tasks of which the last has no document."""
+    folder = tmp_path_factory.mktemp("datatrove")
+    (folder / "tokenizer.json").write_bytes(tokenizer_json()[0])
+
+    def read(data, rank, world_size):
+        yield from (Document(text=text, id=str(i)) for i, text in enumerate(STORIES[80 * rank : 80 * rank + 80]))
+
+    step = DocumentTokenizer(
+        str(folder / "corpus"), str(folder / "tokenizer.json"), eos_token="<|endoftext|>", shuffle_documents=False
+    )
+    LocalPipelineExecutor([read, step], tasks=4, workers=1, logging_dir=str(folder / "logs")).run()
+    return folder / "corpus"
+
+
+def test_datatrove_s_files_are_a_dataset(tokenized, encoding, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(configure(PrepareConfig, [f"--dataset={tokenized}", "--name=theirs"]))
+    assert "val: the last 1 of 3 files" in capsys.readouterr().out
+    assert [path.name for path in Path("data/theirs").iterdir()] == ["meta.json"]  # the ids stay where they are
+    train, val, meta = open_data("theirs", 49_152, 16)
+    for split, data, part in (("train", train, STORIES[:160]), ("val", val, STORIES[160:])):
+        assert data.ids[:].tolist() == [i for text in part for i in [*encode(encoding, text), 0]]
+        assert meta[split]["documents"] == len(part) and meta[split]["tokens"] == len(data.ids)
+        assert meta[split]["bytes"] == sum(len(text.encode()) for text in part)
+    assert read_tokenized(sorted(tokenized.glob("*.ds")), encoding, 0.6)["val"]["documents"] == 160
+
+
+def with_ids(change):
+    return lambda path: change(np.fromfile(path, "<u2")).astype("<u2").tofile(path)
+
+
+SPOILT = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-2]), "1_unshuffled.ds cannot be used (it has"),
+    "half written": (lambda path: Path(f"{path}.metadata").unlink(), "metadata cannot be used (No such file"),
+    "four bytes": (lambda path: Path(f"{path}.metadata").write_text("gpt|4\n9\n9 T"), "9 ids of gpt|4"),
+    "an id": (with_ids(lambda ids: np.where(ids == ids.max(), 50_000, ids)), "ids of 49152 and above"),
+    "no end": (with_ids(lambda ids: np.where(ids == 0, 300, ids)), "decoded and encoded again"),
+    "other ids": (with_ids(lambda ids: np.where(ids == 0, 0, (ids + 300) % 49_152)), "decoded and encoded again"),
+    "two kinds": (lambda path: Path(path.parent, "1_doc_shuffled.ds").write_bytes(b"xx"), "perhaps of the same"),
+    "one file": (lambda path: [p.unlink() for p in path.parent.glob("*[02]_*.ds")], "needs two .ds files"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_foreign_or_half_written_files_get_one_line(how, tokenized, encoding, tmp_path):
+    change, word = SPOILT[how]
+    for path in tokenized.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    change(tmp_path / "00001_unshuffled.ds")
+    assert word in refusal(read_tokenized, sorted(tmp_path.glob("*.ds")), encoding, 0.1)
