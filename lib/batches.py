@@ -2,7 +2,6 @@
 Batches: an array of token ids goes in, blocks of it come out, in an order that is computed, not stored.
 
     x, y = get_blocks(data, first=0, count=4, block_size=256, seed=1337)    # (4, 256) each
-    loss, error = ratio(nats, tokens)    # loss per token of N batches or texts, with its standard error
 
 A batch is a pure function of (seed, split, iteration). So a resume needs no saved state to see the next batch,
 no two resumes see the same one, and any number of processes can share one global batch.
