@@ -82,6 +82,8 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     folder = Path(data_dir) / dataset
     built_in = dataset in ("python", "python_chat", "shakespeare")
     hint = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={dataset}'}"
+    if not (folder / "meta.json").is_file():
+        sys.exit(f"error: {folder}/meta.json does not exist: {hint}")
     with usable(folder / "meta.json", hint):
         meta = json.loads((folder / "meta.json").read_bytes())
         if meta["dtype"] != "uint16" or meta["vocab_size"] > vocab_size:

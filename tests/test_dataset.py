@@ -130,7 +130,7 @@ def test_a_foreign_meta_json_gets_one_line(how, tmp_path):
 
 def test_missing_and_damaged_files_get_one_line(tmp_path, monkeypatch):
     assert refusal(opened, tmp_path, "python").endswith(
-        "python/meta.json cannot be used (No such file or directory): run python prepare_data.py --dataset=python"
+        "python/meta.json does not exist: run python prepare_data.py --dataset=python"
     )
     assert refusal(opened, tmp_path).endswith(": run python prepare_data.py --dataset=TEXT --name=notes")
     folder = tmp_path / "notes"

@@ -658,7 +658,7 @@ def poisoned_checkpoint():
 
 
 ERRORS = {
-    "missing dataset": (["--dataset=nowhere"], None, r"nowhere/meta.json cannot be used .*run python prepare"),
+    "missing dataset": (["--dataset=nowhere"], None, r"nowhere/meta.json does not exist: run python prepare"),
     "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val holds 500 tokens, fewer"),
     "missing checkpoint": (["--init_from=resume", "--out_dir=b"], None, r"there is no checkpoint b/ckpt.pt"),
     "truncated checkpoint": (
