@@ -1,0 +1,416 @@
+"""
+Text in: a file, a folder, a glob or a Hub dataset -> documents, each a text or a conversation.
+
+    files, left_out = find_files(Path("linux"), suffixes=".c,.h")
+    for where, document in documents(files, config, sources):
+        with document.open() as file: text = file.read()
+
+To add a format of plain text, add its suffix to PLAIN. To add a format with rows, write a function like jsonl_rows and
+add it to ROWS. A reader holds one block of text or a few rows in memory, never a whole file; only .json is read whole.
+`sources` is a dict that counts what happened on the way: prepare_data.py prints it, and meta.json keeps it.
+"""
+
+import codecs
+import collections
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import charset_normalizer
+import fsspec
+
+from lib.errors import usable
+
+CHUNK = 2**18  # characters read at a time
+SAMPLE = 2**20  # bytes that decide the encoding of a file
+PATIENCE = 1_000  # if so many rows at the start of the only source have no text, do not read the others
+
+PLAIN = (".txt", ".md", ".py", ".html", ".htm", ".rst", ".tex", ".xml", ".log", ".srt")
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
+OTHERS = {  # folders of other people's text, or of no text
+    "node_modules", "bower_components", "site-packages", "dist-packages", "__pycache__", "venv", "virtualenv",
+    "vendor", "vendored", "_vendor", "third_party",
+}  # fmt: skip
+
+
+class Document(NamedTuple):
+    sha256: bytes  # of its text in UTF-8, or of its messages
+    chars: int
+    open: Callable | None  # () -> its text, as a file to read from; None for a conversation
+    messages: list | None = None  # of a conversation: {"role": str, "content": str} each
+
+
+# ---------------------------------------------------------------------------------------------
+# Which files
+
+
+def find_files(path, suffixes=""):
+    """
+    The files of a folder or a glob that can be read, sorted, and {suffix or folder: how many files are left out}.
+
+    suffixes: ".c,.h" are plain text, too; "all" takes every file of text. A glob's own suffix counts as well, and a
+    file without a suffix is taken if it is text. Hidden files and OTHERS are left out, unless the glob names them.
+    """
+    folder = path if path.is_dir() else next(parent for parent in path.parents if parent.exists())
+    pattern = Path("**/*") if path.is_dir() else path.relative_to(folder)
+    added = added_suffixes(suffixes)
+    wanted = {*PLAIN, *ROWS, *added, suffix_of(pattern)} - {""}
+    files, left_out = [], collections.Counter()
+    for file in sorted(folder.glob(str(pattern)), key=Path.as_posix):
+        if not file.is_file():
+            continue
+        parts = [part for part in file.relative_to(folder).parts if part not in pattern.parts]
+        skipped = next((part for part in parts if part.startswith(".") or part in OTHERS), None)
+        suffix = suffix_of(file)
+        if skipped:
+            left_out[f"in {skipped}" if skipped != file.name else "hidden"] += 1
+        elif suffix in wanted or (suffix == "" or ".all" in added) and encoding_of(file):
+            files.append(file)
+        else:
+            left_out[suffix or "binary without a suffix"] += 1
+    return files, dict(left_out.most_common())
+
+
+def suffix_of(path):
+    """The suffix that decides how a file is read: ".jsonl" for a.JSONL.gz."""
+    return decompressed_name(path).suffix.lower()
+
+
+def decompressed_name(path):
+    """notes.txt.gz -> notes.txt, and notes.txt as it is."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+def added_suffixes(suffixes):
+    """The setting "c, .h" -> {".c", ".h"}. With "all", .json is plain text too: a folder of programs has no rows."""
+    added = {f".{name.strip().lower().lstrip('.')}" for name in suffixes.split(",") if name.strip()}
+    return added | {".json"} if ".all" in added else added
+
+
+# ---------------------------------------------------------------------------------------------
+# Bytes -> text
+
+MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def encoding_of(path):
+    """A file's encoding: by its byte-order mark, or UTF-8, or charset-normalizer's best guess. None for a binary."""
+    with usable(path, "get the file again, or leave it out"), opened(path, "rb") as file:
+        head = file.read(SAMPLE)
+        for mark, encoding in MARKS.items():
+            if head.startswith(mark):
+                return encoding
+        if b"\0" in head:
+            return None
+        while head.isascii() and (more := file.read(SAMPLE)):  # ASCII is the same in every encoding
+            head = more
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head, final=len(head) < SAMPLE)
+    wrong, beyond_ascii = len(re.findall("[\udc80-\udcff]", text)), len(re.findall("[^\0-\x7f]", text))
+    if 2 * wrong <= beyond_ascii:  # UTF-8, perhaps with a few broken characters
+        return "utf-8-sig"
+    telling = re.findall(rb"[^\n]*[\x80-\xff][^\n]*", head)[:1000]
+    best = charset_normalizer.from_bytes(b"\n".join(telling)).best()
+    return best and best.encoding
+
+
+def opened(path, mode="rt", **how):
+    """A file as fsspec opens it: a context manager that decompresses. Line ends stay as they are."""
+    how = how if mode == "rb" else {"newline": "", "errors": "replace"} | how
+    return fsspec.open(str(path), mode, compression=COMPRESSED.get(path.suffix.lower()), **how)
+
+
+@contextmanager
+def open_text(path, sources):
+    """
+    Open a text file in its own encoding. Bytes that are not in the encoding become U+FFFD, and `sources` counts them.
+    A binary, and a file that cannot be read or parsed in the block, end the program with one line.
+    """
+    encoding = encoding_of(path)
+    if not encoding:
+        sys.exit(f"error: {path}: a binary file, not text: convert it to text (pandoc, pdftotext), or leave it out")
+    if encoding != "utf-8-sig":
+        name = encoding if encoding in MARKS.values() else f"{encoding}, guessed"
+        same = sources.setdefault("encodings", {}).setdefault(name, {"files": 0, "first": str(path)})
+        same["files"] += 1
+
+    def replace(error):  # like errors="replace", and counts
+        sources["undecodable_bytes"] += error.end - error.start
+        sources.setdefault("first_undecodable", str(path))
+        return "\ufffd", error.end
+
+    codecs.register_error("replace and count", replace)
+    hint = "get the file again, or leave it out"
+    with usable(path, hint), opened(path, encoding=encoding, errors="replace and count") as file:
+        yield file
+
+
+def read_text(path, sources):
+    """The whole text of a file. sources: a Counter, or a dict as in `documents`."""
+    with open_text(path, sources) as file:
+        return file.read()
+
+
+# ---------------------------------------------------------------------------------------------
+# Text -> rows
+
+
+def json_lines(lines, path):
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            with usable(where, "put one JSON object on each line"):
+                row = json.loads(line)
+            yield where, row
+
+
+def jsonl_rows(path, column, sources):
+    with open_text(path, sources) as file:
+        yield from json_lines(file, path)
+
+
+def json_rows(path, column, sources):
+    """The items of an array, or one object; several objects are lines of a .jsonl."""
+    text = read_text(path, sources)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        if text.lstrip()[:1] != "[":
+            yield from json_lines(io.StringIO(text), path)
+            return
+        with usable(path, "repair the JSON, or leave the file out"):
+            raise
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield f"{path}, item {number}", row
+
+
+def csv_rows(path, column, sources):
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path, sources) as file:
+        names = file.readline()
+        # Where the comma is the decimal point, spreadsheets write semicolons.
+        delimiter = "\t" if suffix_of(path) == ".tsv" else max(",;", key=names.count)
+        lines = csv.reader(itertools.chain([names], file), delimiter=delimiter, strict=True)
+        try:
+            names = next(lines, [])
+            for record in lines:
+                if record:
+                    yield f"{path}, line {lines.line_num}", dict(zip(names, record, strict=False))
+        except csv.Error as error:
+            sys.exit(f'error: {path}, line {lines.line_num}: not CSV ({error}): double each " inside a quoted field')
+
+
+def parquet_rows(path, column, sources):
+    with usable(path, "pip install pyarrow"):
+        import pyarrow.parquet
+    number = itertools.count(1)
+    with usable(path, "get the file again, or leave it out"), pyarrow.parquet.ParquetFile(path) as file:
+        columns = [column] if column in file.schema_arrow.names else None
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            for row in batch.to_pylist():
+                yield f"{path}, row {next(number)}", row
+
+
+ROWS = {
+    ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+}  # fmt: skip
+
+
+def read_rows(path, column="", sources=None):
+    """
+    Yield (where, row) for each row of a file whose suffix is in ROWS: a dict in most files, any JSON value in some.
+    column: if a .parquet file has it, no other column is read. sources: as in `documents`.
+    """
+    return ROWS[suffix_of(path)](path, column, collections.Counter() if sources is None else sources)
+
+
+def read_hub_rows(name, subset, split, hint, streaming=True):
+    """
+    Yield (where, row) for each row of a Hub dataset. streaming: rows are downloaded as they are read; else the whole
+    split is, into the cache of the datasets library, which also works offline. hint: what to do if that fails.
+    """
+    from lib.official import constants, hub_problem  # here, so that `import lib.text` loads no Hub client
+
+    where = f"Hub dataset {name}, split {split}"
+    if (problem := hub_problem()) and (streaming or not constants.HF_HUB_OFFLINE):
+        sys.exit(f"error: {name}: no such path, and the Hub cannot be reached ({problem}): {hint}")
+    with usable(where, "pip install datasets"):
+        import datasets
+    with usable(where, hint):
+        for number, row in enumerate(datasets.load_dataset(name, subset or None, split=split, streaming=streaming), 1):
+            yield f"{name}, row {number}", row
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows -> conversations
+
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: the template's
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # columns
+
+
+def messages_of(row, config):
+    """
+    The conversation in a row, a dict: list of {"role": str, "content": str}. None if it holds none. Raises ValueError,
+    which says why, if it cannot be read. The columns that decide, in this order:
+
+        config.prompt_column, config.answer_column    if they are set, no others count
+        messages                                      role, content
+        conversations                                 from, value: ShareGPT's
+        instruction, output and perhaps input         Alpaca's; input follows after a blank line
+        prompt, completion
+        question, answer
+    """
+    if not config.prompt_column:
+        for column in ("messages", "conversations"):
+            if row.get(column) is not None:
+                return messages_in(row[column], column)
+    for prompt, answer in [(config.prompt_column, config.answer_column)] if config.prompt_column else PAIRS:
+        if row.get(prompt) is not None and row.get(answer) is not None:
+            question, reply = text_of(row[prompt], prompt), text_of(row[answer], answer)
+            if prompt == "instruction" and (more := text_of(row.get("input"), "input")):
+                question = f"{question}\n\n{more}"
+            return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return None
+
+
+def messages_in(value, column):
+    """The messages in a list of {role, content} or {from, value}. Any role is kept, and so is their order."""
+    if not isinstance(value, list):
+        raise ValueError(f"column {column} holds {value!r:.40}, not a list of messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        where = f"column {column}, message {number}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} is {message!r:.40}, not a role and a content")
+        role, content = message.get("role"), message.get("content")
+        if role is None:
+            role, content = message.get("from"), message.get("value")
+            role = ROLES.get(role, role) if isinstance(role, str) else role
+        if not isinstance(role, str):
+            raise ValueError(f"{where} has the role {role!r:.40}, not a name")
+        messages.append({"role": role, "content": text_of(content, where)})
+    return messages
+
+
+def text_of(content, where):
+    """A message's content as one text: a text, null (a call of a tool has no words), or a list of parts of text."""
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content] if type(content) is list else []
+    if content is None or type(content) is list and all(isinstance(part, str) for part in parts):
+        return "".join(parts)
+    if not isinstance(content, str):
+        raise ValueError(f"{where} holds {content!r:.60}, not text")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents
+
+
+def documents(files, config, sources):
+    """
+    Yield (where, Document) for all files, in order. A file of plain text is one document; each row of a file with rows,
+    or of a Hub dataset, is one. Documents without text are skipped. Either all documents are text or all are
+    conversations: the first that is of the other kind ends the program with one line.
+
+    files    list of Path; None to read the Hub dataset config.dataset
+    config   has dataset, text_column, prompt_column, answer_column, suffixes, subset and split
+    sources  dict; this function counts empty_documents and undecodable_bytes in it. Where there is something to note,
+             it sets first_undecodable, encodings, rows_without_column and first_without_column.
+    """
+    kind = None
+    for where, document in all_documents(files, config, sources):
+        if not document.chars:
+            sources["empty_documents"] += 1
+            continue
+        this = "text" if document.messages is None else "a conversation"
+        if kind not in (None, this):
+            sys.exit(f"error: {where}: is {this}, but {kind} came before it: name a file or a glob of one kind")
+        kind = this
+        yield where, document
+    if kind is None and sources.get("rows_without_column"):
+        hint = "name the text's column with --text_column, or a conversation's with --prompt_column, --answer_column"
+        sys.exit(f"error: {sources['first_without_column']}: {hint}")
+
+
+def all_documents(files, config, sources):
+    """Yield (where, Document), empty ones and both kinds included. Rows without text are counted and left out."""
+    column = "" if config.prompt_column else config.text_column
+    plain, count = added_suffixes(config.suffixes), 0
+    for path in [None] if files is None else files:
+        if path and (suffix_of(path) not in ROWS or suffix_of(path) in plain):
+            yield path, text_document(path, sources)
+            continue
+        hint = "check its page on the Hub, --subset, --split, the connection"
+        hub = (config.dataset, config.subset, config.split, hint)
+        for where, row in read_rows(path, column, sources) if path else read_hub_rows(*hub):
+            try:
+                yield where, row_document(row, config, sources)
+                count += 1
+            except ValueError as error:
+                lost = sources["rows_without_column"] = sources.get("rows_without_column", 0) + 1
+                sources.setdefault("first_without_column", f"{where}: {error}")
+                if lost == PATIENCE and not count and (files is None or len(files) == 1):
+                    return
+
+
+def text_document(path, sources):
+    """The whole file as one Document. It is read twice: here to measure it, later to encode it."""
+    with open_text(path, sources) as file:
+        return Document(*measure(file), functools.partial(opened, path, encoding=file.encoding))
+
+
+def measure(file):
+    """(sha256, characters) of a text file."""
+    digest, chars = hashlib.sha256(), 0
+    while block := file.read(CHUNK):
+        digest.update(block.encode())
+        chars += len(block)
+    return digest.digest(), chars
+
+
+def row_document(row, config, sources):
+    """A row as a Document: text if it has config.text_column, else a conversation. Raises ValueError if neither."""
+    column = config.text_column
+    row = {column: row} if isinstance(row, str) else row
+    if not isinstance(row, dict):
+        raise ValueError(f"is {row!r:.40}, not an object with columns")
+    if column in row and not config.prompt_column:
+        text = row[column] or ""
+        if not isinstance(text, str):
+            raise ValueError(f"column {column} holds {text!r:.40}, not text")
+        open_row = functools.partial(io.StringIO, without_halves(text, sources), newline="")
+        return Document(*measure(open_row()), open_row)
+    messages = messages_of(row, config)
+    if messages is None:
+        pair = f"columns {config.prompt_column} and {config.answer_column}"
+        has = f"only {', '.join(map(str, row))}" if row else "and no other"
+        raise ValueError(f"no {pair if config.prompt_column else f'column {column}'}, {has}")
+    return conversation(messages, sources)
+
+
+def conversation(messages, sources):
+    """A list of {"role": str, "content": str} as a Document."""
+    messages = [{name: without_halves(message[name], sources) for name in ("role", "content")} for message in messages]
+    digest = hashlib.sha256(json.dumps(messages).encode()).digest()
+    return Document(digest, sum(len(message["content"]) for message in messages), None, messages)
+
+
+def without_halves(text, sources):
+    """JSON's \\ud83d alone is half of a surrogate pair. UTF-8 has no such thing: it becomes U+FFFD and is counted."""
+    text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
+    sources["undecodable_bytes"] += 6 * halves
+    return text
