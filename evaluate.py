@@ -29,8 +29,8 @@ from lib.dataset import open_data
 from lib.errors import one_line_errors
 from lib.files import written_whole
 from lib.machine import autocast, pick_device, pick_matmul
-from lib.readers import ROWS, decoded, format_of
 from lib.tasks import TASKS, file_rows, hub_task_rows, read_items
+from lib.text import ROWS, open_text, suffix_of
 from lib.tokenizer import END_OF_TEXT, encode, encode_array, load_tokenizer, token_sizes
 from lib.weights import find_weights, load_network
 
@@ -167,11 +167,11 @@ def read_text(config, vocab_size, window, encoding):
         path = Path(config.text)
         if not path.is_file():
             sys.exit(f"error: {path} is not a file: give --text the name of a text file")
-        if format_of(path) in ROWS:
+        if suffix_of(path) in ROWS:
             sys.exit(f"error: {path} holds rows: python prepare_data.py --dataset={path}, then evaluate that --dataset")
-        with decoded(path, sources) as (file, coding):
+        with open_text(path, sources) as file:
             ids = encode_array(encoding, file.read())
-        about, mask = f"{path}, {coding.removesuffix('-sig')}", None
+        about, mask = f"{path}, {file.encoding.removesuffix('-sig')}", None
         if bad := sources["undecodable_bytes"]:
             about += f", {bad:,} bytes that cannot be decoded became U+FFFD"
         if not len(ids):

@@ -12,13 +12,11 @@ import itertools
 import re
 import reprlib
 import sys
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from lib.errors import first_line
-from lib.readers import ROWS, format_of
+from lib.text import ROWS, read_hub_rows, read_rows, suffix_of
 
 TASKS = {  # name: (Hub dataset, subset, split), the split that lm-evaluation-harness scores
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
@@ -135,29 +133,12 @@ def check_item(item):
 def file_rows(path):
     """Yield (where, row) for each row of a local .jsonl, .json, .parquet, ... file."""
     path = Path(path)
-    if not path.is_file():
-        sys.exit(f"error: {path} is not a file: give --items the rows of a task, as .jsonl, .json or .parquet")
-    if format_of(path) not in ROWS:
-        sys.exit(f"error: {path}: its name does not end in .jsonl, .json or .parquet: rename it after what it holds")
-    yield from ROWS[format_of(path)](path, SimpleNamespace(text_column="", suffixes="", split=""), Counter())
+    if not path.is_file() or suffix_of(path) not in ROWS:
+        sys.exit(f"error: {path} is not a file of rows: give --items the rows of a task, as .jsonl, .json or .parquet")
+    return read_rows(path)
 
 
 def hub_task_rows(name):
     """Yield (where, row) for each row of a task's dataset on the Hub, kept in the cache of the datasets library."""
-    from lib.official import constants, hub_problem  # here, so that `import lib.tasks` loads no Hub client
-
-    repo, subset, split = TASKS[name]
-    way_out = "connect, or give --items=FILE, a local copy of its rows"
-    if (problem := hub_problem()) and not constants.HF_HUB_OFFLINE:  # else the library may find it in its cache
-        sys.exit(f"error: {name} ({repo}): the Hub cannot be reached ({problem}): {way_out}")
-    try:
-        import datasets
-    except ImportError:
-        sys.exit(f"error: {name} ({repo}): reading it needs the datasets library: pip install datasets")
-    try:
-        table = datasets.load_dataset(repo, subset, split=split)
-    except Exception as error:  # the library's own errors, the network's, the file formats'
-        offline = "HF_HUB_OFFLINE is set and the cache lacks it; " * constants.HF_HUB_OFFLINE
-        sys.exit(f"error: {name} ({repo}): {offline}{first_line(error)[:200]}: {way_out}")
-    for number, row in enumerate(table, 1):
-        yield f"{repo}, row {number}", row
+    hint = "connect, or give --items=FILE, a local copy of its rows"
+    return read_hub_rows(*TASKS[name], hint, streaming=False)

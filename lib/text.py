@@ -5,13 +5,14 @@ Text in: a file, a folder, a glob or a Hub dataset -> documents, each a text or 
     for where, document in documents(files, config, sources):
         with document.open() as file: text = file.read()
 
-To add a format of plain text, add its suffix to PLAIN. To add a format with rows, write a function like jsonl_rows and
-add it to ROWS. A reader holds one block of text or a few rows in memory, never a whole file; only .json is read whole.
-`sources` is a dict that counts what happened on the way: prepare_data.py prints it, and meta.json keeps it.
+`sources` is a dict that counts what happened on the way: prepare_data.py prints it, and meta.json keeps it. To add a
+format of plain text, add its suffix to PLAIN. To add a format with rows, add a function to ROWS. Memory stays flat,
+because a reader holds a block of text or a few rows; only .json is read whole.
 """
 
 import codecs
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
@@ -21,7 +22,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +32,12 @@ from lib.errors import usable
 
 CHUNK = 2**18  # characters read at a time
 SAMPLE = 2**20  # bytes that decide the encoding of a file
-PATIENCE = 1_000  # if so many rows at the start of the only source have no text, do not read the others
+PATIENCE = 1_000  # if so many rows at the start of the only source have no text, the others are not read
 
 PLAIN = (".txt", ".md", ".py", ".html", ".htm", ".rst", ".tex", ".xml", ".log", ".srt")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
-OTHERS = {  # folders of other people's text, or of no text
-    "node_modules", "bower_components", "site-packages", "dist-packages", "__pycache__", "venv", "virtualenv",
-    "vendor", "vendored", "_vendor", "third_party",
-}  # fmt: skip
+OTHERS = {"node_modules", "site-packages", "dist-packages", "__pycache__", "venv", "vendor", "third_party"}  # folders
+HINT = "get the file again, or leave it out"
 
 
 class Document(NamedTuple):
@@ -55,7 +53,7 @@ class Document(NamedTuple):
 
 def find_files(path, suffixes=""):
     """
-    The files of a folder or a glob that can be read, sorted, and {suffix or folder: how many files are left out}.
+    The files of a folder or a glob that can be read, sorted, and {suffix or folder: number of files left out}.
 
     suffixes: ".c,.h" are plain text, too; "all" takes every file of text. A glob's own suffix counts as well, and a
     file without a suffix is taken if it is text. Hidden files and OTHERS are left out, unless the glob names them.
@@ -65,14 +63,12 @@ def find_files(path, suffixes=""):
     added = added_suffixes(suffixes)
     wanted = {*PLAIN, *ROWS, *added, suffix_of(pattern)} - {""}
     files, left_out = [], collections.Counter()
-    for file in sorted(folder.glob(str(pattern)), key=Path.as_posix):
-        if not file.is_file():
-            continue
+    for file in filter(Path.is_file, sorted(folder.glob(str(pattern)), key=Path.as_posix)):
         parts = [part for part in file.relative_to(folder).parts if part not in pattern.parts]
-        skipped = next((part for part in parts if part.startswith(".") or part in OTHERS), None)
+        other = next((part for part in parts if part.startswith(".") or part in OTHERS), None)
         suffix = suffix_of(file)
-        if skipped:
-            left_out[f"in {skipped}" if skipped != file.name else "hidden"] += 1
+        if other:
+            left_out["hidden" if other == file.name else f"in {other}"] += 1
         elif suffix in wanted or (suffix == "" or ".all" in added) and encoding_of(file):
             files.append(file)
         else:
@@ -80,9 +76,10 @@ def find_files(path, suffixes=""):
     return files, dict(left_out.most_common())
 
 
-def suffix_of(path):
-    """The suffix that decides how a file is read: ".jsonl" for a.JSONL.gz."""
-    return decompressed_name(path).suffix.lower()
+def added_suffixes(suffixes):
+    """The setting "c, .h" -> {".c", ".h"}. With "all", .json is plain text too: a folder of programs has no rows."""
+    added = {f".{name.strip().lower().lstrip('.')}" for name in suffixes.split(",") if name.strip()}
+    return added | {".json"} if ".all" in added else added
 
 
 def decompressed_name(path):
@@ -90,10 +87,9 @@ def decompressed_name(path):
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
-def added_suffixes(suffixes):
-    """The setting "c, .h" -> {".c", ".h"}. With "all", .json is plain text too: a folder of programs has no rows."""
-    added = {f".{name.strip().lower().lstrip('.')}" for name in suffixes.split(",") if name.strip()}
-    return added | {".json"} if ".all" in added else added
+def suffix_of(path):
+    """The suffix that decides how a file is read: ".jsonl" for a.JSONL.gz."""
+    return decompressed_name(path).suffix.lower()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,9 +103,14 @@ MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
 }
 
 
+def opened(path, mode="rt", encoding=None, errors="replace"):
+    """A file, decompressed, as a context manager. Line ends stay as they are."""
+    return fsspec.open(str(path), mode, COMPRESSED.get(path.suffix.lower()), encoding, errors, newline="")
+
+
 def encoding_of(path):
     """A file's encoding: by its byte-order mark, or UTF-8, or charset-normalizer's best guess. None for a binary."""
-    with usable(path, "get the file again, or leave it out"), opened(path, "rb") as file:
+    with usable(path, HINT), opened(path, "rb") as file:
         head = file.read(SAMPLE)
         for mark, encoding in MARKS.items():
             if head.startswith(mark):
@@ -122,25 +123,18 @@ def encoding_of(path):
     wrong, beyond_ascii = len(re.findall("[\udc80-\udcff]", text)), len(re.findall("[^\0-\x7f]", text))
     if 2 * wrong <= beyond_ascii:  # UTF-8, perhaps with a few broken characters
         return "utf-8-sig"
-    telling = re.findall(rb"[^\n]*[\x80-\xff][^\n]*", head)[:1000]
-    best = charset_normalizer.from_bytes(b"\n".join(telling)).best()
+    lines = re.findall(rb"[^\n]*[\x80-\xff][^\n]*", head)
+    best = charset_normalizer.from_bytes(b"\n".join(lines[:1000])).best()
     return best and best.encoding
 
 
-def opened(path, mode="rt", **how):
-    """A file as fsspec opens it: a context manager that decompresses. Line ends stay as they are."""
-    how = how if mode == "rb" else {"newline": "", "errors": "replace"} | how
-    return fsspec.open(str(path), mode, compression=COMPRESSED.get(path.suffix.lower()), **how)
-
-
-@contextmanager
+@contextlib.contextmanager
 def open_text(path, sources):
     """
     Open a text file in its own encoding. Bytes that are not in the encoding become U+FFFD, and `sources` counts them.
-    A binary, and a file that cannot be read or parsed in the block, end the program with one line.
+    A binary, or a file that cannot be read or parsed in the block, ends the program with one line.
     """
-    encoding = encoding_of(path)
-    if not encoding:
+    if not (encoding := encoding_of(path)):
         sys.exit(f"error: {path}: a binary file, not text: convert it to text (pandoc, pdftotext), or leave it out")
     if encoding != "utf-8-sig":
         name = encoding if encoding in MARKS.values() else f"{encoding}, guessed"
@@ -153,8 +147,7 @@ def open_text(path, sources):
         return "\ufffd", error.end
 
     codecs.register_error("replace and count", replace)
-    hint = "get the file again, or leave it out"
-    with usable(path, hint), opened(path, encoding=encoding, errors="replace and count") as file:
+    with usable(path, HINT), opened(path, encoding=encoding, errors="replace and count") as file:
         yield file
 
 
@@ -165,35 +158,29 @@ def read_text(path, sources):
 
 
 # ---------------------------------------------------------------------------------------------
-# Text -> rows
-
-
-def json_lines(lines, path):
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            with usable(where, "put one JSON object on each line"):
-                row = json.loads(line)
-            yield where, row
+# Text -> rows: each function yields (where, row)
 
 
 def jsonl_rows(path, column, sources):
     with open_text(path, sources) as file:
-        yield from json_lines(file, path)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                with usable(where, "put one JSON object on each line"):
+                    row = json.loads(line)
+                yield where, row
 
 
 def json_rows(path, column, sources):
-    """The items of an array, or one object; several objects are lines of a .jsonl."""
-    text = read_text(path, sources)
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError):
-        if text.lstrip()[:1] != "[":
-            yield from json_lines(io.StringIO(text), path)
-            return
-        with usable(path, "repair the JSON, or leave the file out"):
-            raise
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+    """The items of an array, or the objects that follow one another."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    with open_text(path, sources) as file:
+        text, rows, at = file.read().strip(), [], 0
+        while at < len(text):
+            value, end = decode(text, at)
+            at = blank.match(text, end).end()
+            rows += value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, 1):
         yield f"{path}, item {number}", row
 
 
@@ -217,7 +204,7 @@ def parquet_rows(path, column, sources):
     with usable(path, "pip install pyarrow"):
         import pyarrow.parquet
     number = itertools.count(1)
-    with usable(path, "get the file again, or leave it out"), pyarrow.parquet.ParquetFile(path) as file:
+    with usable(path, HINT), pyarrow.parquet.ParquetFile(path) as file:
         columns = [column] if column in file.schema_arrow.names else None
         for batch in file.iter_batches(batch_size=64, columns=columns):
             for row in batch.to_pylist():
@@ -232,8 +219,8 @@ ROWS = {
 
 def read_rows(path, column="", sources=None):
     """
-    Yield (where, row) for each row of a file whose suffix is in ROWS: a dict in most files, any JSON value in some.
-    column: if a .parquet file has it, no other column is read. sources: as in `documents`.
+    Yield (where, row) for each row of a file whose suffix is in ROWS. A row is a dict, or any JSON value in a .json or
+    .jsonl. column: if a .parquet file has it, no other column is read. sources: as in `documents`.
     """
     return ROWS[suffix_of(path)](path, column, collections.Counter() if sources is None else sources)
 
@@ -256,7 +243,7 @@ def read_hub_rows(name, subset, split, hint, streaming=True):
 
 
 # ---------------------------------------------------------------------------------------------
-# Rows -> conversations
+# Row -> messages
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: the template's
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # columns
@@ -274,11 +261,11 @@ def messages_of(row, config):
         prompt, completion
         question, answer
     """
-    if not config.prompt_column:
-        for column in ("messages", "conversations"):
-            if row.get(column) is not None:
-                return messages_in(row[column], column)
-    for prompt, answer in [(config.prompt_column, config.answer_column)] if config.prompt_column else PAIRS:
+    pairs = [(config.prompt_column, config.answer_column)] if config.prompt_column else PAIRS
+    for column in () if config.prompt_column else ("messages", "conversations"):
+        if row.get(column) is not None:
+            return messages_in(row[column], column)
+    for prompt, answer in pairs:
         if row.get(prompt) is not None and row.get(answer) is not None:
             question, reply = text_of(row[prompt], prompt), text_of(row[answer], answer)
             if prompt == "instruction" and (more := text_of(row.get("input"), "input")):
@@ -294,26 +281,22 @@ def messages_in(value, column):
     messages = []
     for number, message in enumerate(value, 1):
         where = f"column {column}, message {number}"
-        if not isinstance(message, dict):
-            raise ValueError(f"{where} is {message!r:.40}, not a role and a content")
-        role, content = message.get("role"), message.get("content")
-        if role is None:
-            role, content = message.get("from"), message.get("value")
-            role = ROLES.get(role, role) if isinstance(role, str) else role
+        get = message.get if isinstance(message, dict) else lambda key: None
+        keys = ("role", "content") if get("role") is not None else ("from", "value")
+        role, content = map(get, keys)
         if not isinstance(role, str):
-            raise ValueError(f"{where} has the role {role!r:.40}, not a name")
-        messages.append({"role": role, "content": text_of(content, where)})
+            raise ValueError(f"{where} is {message!r:.60}, not a role and a content")
+        messages.append({"role": ROLES.get(role, role), "content": text_of(content, where)})
     return messages
 
 
 def text_of(content, where):
     """A message's content as one text: a text, null (a call of a tool has no words), or a list of parts of text."""
-    parts = [part.get("text") if isinstance(part, dict) else part for part in content] if type(content) is list else []
-    if content is None or type(content) is list and all(isinstance(part, str) for part in parts):
-        return "".join(parts)
-    if not isinstance(content, str):
+    parts = content if isinstance(content, list) else [] if content is None else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where} holds {content!r:.60}, not text")
-    return content
+    return "".join(texts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,8 +306,8 @@ def text_of(content, where):
 def documents(files, config, sources):
     """
     Yield (where, Document) for all files, in order. A file of plain text is one document; each row of a file with rows,
-    or of a Hub dataset, is one. Documents without text are skipped. Either all documents are text or all are
-    conversations: the first that is of the other kind ends the program with one line.
+    or of a Hub dataset, is one. Documents without text, and rows without a document, are counted and left out. Either
+    all documents are text or all are conversations: the first of the other kind ends the program with one line.
 
     files    list of Path; None to read the Hub dataset config.dataset
     config   has dataset, text_column, prompt_column, answer_column, suffixes, subset and split
@@ -332,7 +315,15 @@ def documents(files, config, sources):
              it sets first_undecodable, encodings, rows_without_column and first_without_column.
     """
     kind = None
-    for where, document in all_documents(files, config, sources):
+    for where, item in files_and_rows(files, config, sources):
+        try:
+            document = text_document(item, sources) if isinstance(item, Path) else row_document(item, config, sources)
+        except ValueError as error:
+            lost = sources["rows_without_column"] = sources.get("rows_without_column", 0) + 1
+            sources.setdefault("first_without_column", f"{where}: {error}")
+            if lost == PATIENCE and kind is None and (files is None or len(files) == 1):
+                break
+            continue
         if not document.chars:
             sources["empty_documents"] += 1
             continue
@@ -346,40 +337,21 @@ def documents(files, config, sources):
         sys.exit(f"error: {sources['first_without_column']}: {hint}")
 
 
-def all_documents(files, config, sources):
-    """Yield (where, Document), empty ones and both kinds included. Rows without text are counted and left out."""
-    column = "" if config.prompt_column else config.text_column
-    plain, count = added_suffixes(config.suffixes), 0
-    for path in [None] if files is None else files:
-        if path and (suffix_of(path) not in ROWS or suffix_of(path) in plain):
-            yield path, text_document(path, sources)
-            continue
+def files_and_rows(files, config, sources):
+    """Yield (path, path) for a file of plain text, and (where, row) for each row of the others."""
+    plain, column = added_suffixes(config.suffixes), "" if config.prompt_column else config.text_column
+    if files is None:
         hint = "check its page on the Hub, --subset, --split, the connection"
-        hub = (config.dataset, config.subset, config.split, hint)
-        for where, row in read_rows(path, column, sources) if path else read_hub_rows(*hub):
-            try:
-                yield where, row_document(row, config, sources)
-                count += 1
-            except ValueError as error:
-                lost = sources["rows_without_column"] = sources.get("rows_without_column", 0) + 1
-                sources.setdefault("first_without_column", f"{where}: {error}")
-                if lost == PATIENCE and not count and (files is None or len(files) == 1):
-                    return
+        yield from read_hub_rows(config.dataset, config.subset, config.split, hint)
+    for path in files or ():
+        suffix = suffix_of(path)
+        yield from read_rows(path, column, sources) if suffix in ROWS and suffix not in plain else [(path, path)]
 
 
 def text_document(path, sources):
     """The whole file as one Document. It is read twice: here to measure it, later to encode it."""
     with open_text(path, sources) as file:
-        return Document(*measure(file), functools.partial(opened, path, encoding=file.encoding))
-
-
-def measure(file):
-    """(sha256, characters) of a text file."""
-    digest, chars = hashlib.sha256(), 0
-    while block := file.read(CHUNK):
-        digest.update(block.encode())
-        chars += len(block)
-    return digest.digest(), chars
+        return document_of(file, functools.partial(opened, path, encoding=file.encoding))
 
 
 def row_document(row, config, sources):
@@ -389,17 +361,24 @@ def row_document(row, config, sources):
     if not isinstance(row, dict):
         raise ValueError(f"is {row!r:.40}, not an object with columns")
     if column in row and not config.prompt_column:
-        text = row[column] or ""
-        if not isinstance(text, str):
-            raise ValueError(f"column {column} holds {text!r:.40}, not text")
-        open_row = functools.partial(io.StringIO, without_halves(text, sources), newline="")
-        return Document(*measure(open_row()), open_row)
-    messages = messages_of(row, config)
-    if messages is None:
-        pair = f"columns {config.prompt_column} and {config.answer_column}"
-        has = f"only {', '.join(map(str, row))}" if row else "and no other"
-        raise ValueError(f"no {pair if config.prompt_column else f'column {column}'}, {has}")
+        if not isinstance(row[column], str | None):
+            raise ValueError(f"column {column} holds {row[column]!r:.40}, not text")
+        open_row = functools.partial(io.StringIO, without_halves(row[column] or "", sources), newline="")
+        return document_of(open_row(), open_row)
+    if (messages := messages_of(row, config)) is None:
+        wanted = f"columns {config.prompt_column} and {config.answer_column}"
+        wanted = wanted if config.prompt_column else f"column {column}"
+        raise ValueError(f"no {wanted}, only {', '.join(map(str, row))}")
     return conversation(messages, sources)
+
+
+def document_of(file, open_again):
+    """The rest of a text file as a Document."""
+    digest, chars = hashlib.sha256(), 0
+    while block := file.read(CHUNK):
+        digest.update(block.encode())
+        chars += len(block)
+    return Document(digest.digest(), chars, open_again)
 
 
 def conversation(messages, sources):
