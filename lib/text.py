@@ -1,7 +1,7 @@
 """
 Text in: a file, a folder, a glob or a Hub dataset -> documents, each a text or a conversation.
 
-    files, left_out = find_files(Path("linux"), suffixes=".c,.h")
+    folder, files, left_out = find_files(Path("linux"), suffixes=".c,.h")
     for where, document in documents(files, config, sources):
         with document.open() as file: text = file.read()
 
@@ -53,7 +53,8 @@ class Document(NamedTuple):
 
 def find_files(path, suffixes=""):
     """
-    The files of a folder or a glob that can be read, sorted, and {suffix or folder: number of files left out}.
+    (folder, files, left_out): the files of a folder or a glob that can be read, sorted, and the others' numbers by
+    suffix. The folder of a glob is its part without wildcards.
 
     suffixes: ".c,.h" are plain text, too; "all" takes every file of text. A glob's own suffix counts as well, and a
     file without a suffix is taken if it is text. Hidden files and OTHERS are left out, unless the glob names them.
@@ -73,7 +74,7 @@ def find_files(path, suffixes=""):
             files.append(file)
         else:
             left_out[suffix or "binary without a suffix"] += 1
-    return files, dict(left_out.most_common())
+    return folder, files, dict(left_out.most_common())
 
 
 def added_suffixes(suffixes):
@@ -143,7 +144,6 @@ def open_text(path, sources):
 
     def replace(error):  # like errors="replace", and counts
         sources["undecodable_bytes"] += error.end - error.start
-        sources.setdefault("first_undecodable", str(path))
         return "\ufffd", error.end
 
     codecs.register_error("replace and count", replace)
@@ -324,6 +324,8 @@ def documents(files, config, sources):
             if lost == PATIENCE and kind is None and (files is None or len(files) == 1):
                 break
             continue
+        if sources["undecodable_bytes"]:
+            sources.setdefault("first_undecodable", str(where))
         if not document.chars:
             sources["empty_documents"] += 1
             continue

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.tokenizer import tokenizer_json
-from lib.weights import Source, find_weights, load_network
+from lib.weights import find_weights, load_network, release_source
 
 LLAMA = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -35,12 +35,10 @@ def save(folder, network=None, **settings):
     return folder
 
 
-def same_logits(source, network):
-    """The network of a Source, or of a path, computes what a network of transformers computes."""
-    source = source if isinstance(source, Source) else find_weights(str(source))
+def same_logits(release, network):
     idx = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(load_network(source)(idx), network(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(load_network(release_source(release))(idx), network(idx).logits, atol=1e-4, rtol=0)
 
 
 def refusal(call, *args):
@@ -95,8 +93,8 @@ def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
 def tokenizer_built_once(monkeypatch, prepare_data, encoding):
     """Let prepare_data.py take this encoding, and read tokenizer.json once for a whole test."""
     content_and_place = tokenizer_json()
-    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda *path: encoding)
-    monkeypatch.setattr(prepare_data, "tokenizer_json", lambda *path: content_and_place)
+    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda: encoding)
+    monkeypatch.setattr(prepare_data, "tokenizer_json", lambda: content_and_place)
 
 
 def load(path):
