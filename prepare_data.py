@@ -15,7 +15,6 @@ document or the size of the corpus.
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -28,6 +27,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from configurator import configure, reject
 from lib.conversations import conversation_table, encode_conversations, packed, with_answers, write_rows
-from lib.errors import first_line
+from lib.errors import one_line_errors, usable
 from lib.files import flush_folder, owned_folder, sha256_of, written_whole
 from lib.python_chat import python_chat
 from lib.text import CHUNK, PLAIN, ROWS, conversation, decompressed_name, documents, find_files, suffix_of
@@ -134,19 +134,13 @@ def standard_library():
 
 def fetch_shakespeare(path):
     """Download tiny shakespeare to `path`, unless it is there already. Either way its sha256 is checked."""
-
-    def is_genuine(content):
-        return hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256
-
-    if path.is_file() and is_genuine(path.read_bytes()):
+    if path.is_file() and sha256_of(path) == SHAKESPEARE_SHA256:
         return
-    try:
+    with usable(SHAKESPEARE_URL, f"save the right file as {path} yourself"):
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=10) as answer:
             content = answer.read()
-    except OSError as error:  # urllib's own errors are OSErrors too
-        sys.exit(f"error: {SHAKESPEARE_URL}: cannot be reached ({first_line(error)}): save the file as {path} yourself")
-    if not is_genuine(content):
-        sys.exit(f"error: {SHAKESPEARE_URL}: its sha256 is not {SHAKESPEARE_SHA256}: save the right file as {path}")
+        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+            raise ValueError(f"its sha256 is not {SHAKESPEARE_SHA256}")
     with written_whole(path) as file:
         file.write(content)
 
@@ -323,14 +317,14 @@ def write_dataset(draft, config, files, encoding, meta):
     if config.dataset == "python_chat":
         stream = (conversation(messages, sources) for messages in python_chat(files))
     else:
-        stream = (document for _, document in documents(files, config, sources))
+        stream = documents(files, config, sources)
     stream = itertools.islice(stream, config.max_documents)
     first = next(stream, None)
     if first is None:
         sys.exit(f"error: {config.dataset}: no text in it, every document is empty: name another --dataset")
     stream, chat = itertools.chain([first], stream), first.messages is not None
     kinds = ("", "_mask") if chat else ("",)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         names = [f"{split}{kind}.bin" for split in ("train", "val") for kind in kinds]
         bins = {name: stack.enter_context(open(draft / name, "wb")) for name in names}
         if chat:
@@ -340,25 +334,14 @@ def write_dataset(draft, config, files, encoding, meta):
             total = sum(file.stat().st_size for file in files) if files else None
             counts = write_text(bins, stream, config, encoding, sources, total)
     if not any(counts[split]["tokens"] for split in counts):
-        sys.exit(f"error: {config.dataset}: nothing to learn in it, {'; '.join(lost_conversations(sources))}")
+        reasons = "; ".join(notes(sources, "conversation"))
+        sys.exit(f"error: {config.dataset}: nothing to learn in it, {reasons}")
     for split, other in (("train", "lower"), ("val", "raise")):
         if not counts[split]["bytes"] or counts[split]["tokens"] == counts[split]["documents"]:
             sys.exit(f"error: {config.dataset}: too short to split, {split} is empty: {other} --val_fraction")
         for kind in kinds:
             counts[split][f"{kind}_sha256".strip("_")] = sha256_of(draft / f"{split}{kind}.bin")
     return meta | {"sources": sources | {"sha256": sources["sha256"].hexdigest()}} | counts
-
-
-@contextlib.contextmanager
-def draft_folder(folder):
-    """A folder for files that are not complete yet. It is gone after the block."""
-    draft = folder / "unfinished"
-    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-    draft.mkdir()
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def put_in_place(draft, folder, meta):
@@ -398,19 +381,14 @@ def notes(sources, column):
         yield left_out_line(sources["left_out"])
     if lost := sources.get("rows_without_column"):
         yield f"note: {lost:,} rows without a {column} were left out: {sources['first_without_column']}"
-    yield from (f"note: {line}" for line in lost_conversations(sources))
+    if count := sources.get("without_an_answer"):
+        yield f"note: {count:,} conversations without an assistant's answer were left out"
+    if count := sources.get("cut_before_the_answer"):
+        yield f"note: {count:,} conversations with no answer within a row were left out: raise --block_size"
     if sources.get("empty_documents"):
         yield f"note: {sources['empty_documents']:,} empty documents were left out"
     if bad := sources.get("undecodable_bytes"):
         yield f"note: {bad:,} bytes that cannot be decoded became U+FFFD, the first in {sources['first_undecodable']}"
-
-
-def lost_conversations(sources):
-    """How many conversations have nothing to learn, by the reason, as lines of text."""
-    if count := sources.get("without_an_answer"):
-        yield f"{count:,} conversations without an assistant's answer were left out"
-    if count := sources.get("cut_before_the_answer"):
-        yield f"{count:,} conversations whose first answer comes after the row's end were left out: raise --block_size"
 
 
 def left_out_line(left_out):
@@ -446,13 +424,17 @@ def main(config):
     meta = {"name": name, "dtype": "uint16", "vocab_size": VOCAB_SIZE, "tokenizer": "base", "tokenizer_sha256": sha256}
     meta["sources"] = {"what": source.what, "identity": source.identity, "left_out": source.left_out}
     started = time.perf_counter()
+    draft = folder / "unfinished"
     try:
-        with owned_folder(folder, "name"), draft_folder(folder) as draft:
+        with one_line_errors("lower --block_size", folder), owned_folder(folder, "name"), ExitStack() as at_the_end:
             if not config.overwrite:
                 refuse_other_text(folder, meta)
             if config.dataset == "shakespeare":
                 files = [folder / "input.txt"]
                 fetch_shakespeare(*files)
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+            draft.mkdir()
+            at_the_end.callback(shutil.rmtree, draft, ignore_errors=True)
             if tokenized:
                 meta |= read_tokenized(files, encoding, config.val_fraction)
             else:
@@ -461,9 +443,6 @@ def main(config):
     except KeyboardInterrupt:
         print(f"interrupted before {folder} was complete: run the same command again", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a write: lib/text.py reports the files that cannot be read
-        hint = "free some disk, or give another --name or --data_dir"
-        sys.exit(f"error: {error.filename or folder}: {error.strerror}: {hint}")
     seconds = time.perf_counter() - started
 
     train, val, chat = meta["train"], meta["val"], "block_size" in meta

@@ -2,7 +2,7 @@
 Text in: a file, a folder, a glob or a Hub dataset -> documents, each a text or a conversation.
 
     folder, files, left_out = find_files(Path("linux"), suffixes=".c,.h")
-    for where, document in documents(files, config, sources):
+    for document in documents(files, config, sources):
         with document.open() as file: text = file.read()
 
 `sources` is a dict that counts what happened on the way: prepare_data.py prints it, and meta.json keeps it. To add a
@@ -305,7 +305,7 @@ def text_of(content, where):
 
 def documents(files, config, sources):
     """
-    Yield (where, Document) for all files, in order. A file of plain text is one document; each row of a file with rows,
+    Yield the Documents of all files, in order. A file of plain text is one document; each row of a file with rows,
     or of a Hub dataset, is one. Documents without text, and rows without a document, are counted and left out. Either
     all documents are text or all are conversations: the first of the other kind ends the program with one line.
 
@@ -333,7 +333,7 @@ def documents(files, config, sources):
         if kind not in (None, this):
             sys.exit(f"error: {where}: is {this}, but {kind} came before it: name a file or a glob of one kind")
         kind = this
-        yield where, document
+        yield document
     if kind is None and sources.get("rows_without_column"):
         hint = "name the text's column with --text_column, or a conversation's with --prompt_column, --answer_column"
         sys.exit(f"error: {sources['first_without_column']}: {hint}")

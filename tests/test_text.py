@@ -37,7 +37,7 @@ def read(*paths, **settings):
     """(texts or messages, sources) of files, or of the Hub dataset some/stories if no path is given."""
     sources, items = {"empty_documents": 0, "undecodable_bytes": 0}, []
     config = PrepareConfig(dataset="some/stories", **settings)
-    for _, document in documents([Path(path) for path in paths] or None, config, sources):
+    for document in documents([Path(path) for path in paths] or None, config, sources):
         if document.messages is None:
             for _ in range(2):  # a document can be opened again
                 with document.open() as file:
