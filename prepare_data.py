@@ -39,7 +39,7 @@ from tqdm import tqdm
 from configurator import configure, reject
 from lib.conversations import conversation_table, encode_conversations, packed, with_answers, write_rows
 from lib.errors import one_line_errors, usable
-from lib.files import flush_folder, owned_folder, sha256_of, written_whole
+from lib.files import owned_folder, put_in_place, sha256_of, written_whole
 from lib.python_chat import python_chat
 from lib.text import CHUNK, PLAIN, ROWS, conversation, decompressed_name, documents, find_files, suffix_of
 from lib.tokenized import read_tokenized
@@ -96,7 +96,7 @@ class Source(NamedTuple):
 
 
 def find_source(config):
-    """The Source that --dataset= names."""
+    """Return the Source that --dataset= names."""
     dataset, path = config.dataset, Path(config.dataset)
     if dataset in ("python", "python_chat"):
         what = f"the standard library of Python {platform.python_version()}"
@@ -125,7 +125,7 @@ def find_source(config):
 
 
 def standard_library():
-    """The .py files of the running Python's standard library, without its tests and without installed packages."""
+    """Return the .py files of the running Python's standard library, without tests and installed packages."""
     library = Path(os.__file__).parent
     others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = (path for path in library.rglob("*.py") if others.isdisjoint(path.relative_to(library).parts))
@@ -151,9 +151,9 @@ def fetch_shakespeare(path):
 
 def split_by_hash(stream, val_fraction):
     """
-    (the documents again, val_fraction, alone): a document goes to val if its place(document) is below val_fraction. So
-    a duplicate never sits in both. If train or val would get none, another val_fraction is returned that gives it the
-    nearest one. alone: they are all one and the same document.
+    Return (the documents again, val_fraction, alone). A document goes to val if its place(document) is below
+    val_fraction, so a duplicate is never in both. If train or val would get none, another val_fraction is returned that
+    gives it the nearest one. alone: they are all one and the same document.
     """
     ahead, alone = [], False
     for document in stream:
@@ -172,8 +172,8 @@ def split_by_hash(stream, val_fraction):
 
 def pieces(stream, val_fraction, sources):
     """
-    Cut documents into short texts to be encoded one by one. Yields (split, text) in order, and (split, None) at the
-    end of each document. A document goes to train or to val by a hash of its content. A single document is cut in two
+    Cut documents into short texts to be encoded one by one. Yield (split, text) in order, and (split, None) at the end
+    of each document. A document goes to train or to val by a hash of its content. A single document is cut in two
     instead: its last tenth (val_fraction) goes to val.
     """
     stream, val_fraction, alone = split_by_hash(stream, val_fraction)
@@ -199,7 +199,7 @@ def pieces(stream, val_fraction, sources):
 
 
 def counted(stream, sources):
-    """The documents again, each counted."""
+    """Yield the documents again, each counted."""
     for document in stream:
         sources["sha256"].update(document.sha256)
         sources["documents"] += 1
@@ -207,7 +207,7 @@ def counted(stream, sources):
 
 
 def place(document):
-    """A document's hash as a number in [0, 1). The document goes to val if this is below val_fraction."""
+    """Return a document's hash as a number in [0, 1). The document goes to val if this is below val_fraction."""
     return int.from_bytes(document.sha256[:8], "big") / 2**64
 
 
@@ -248,7 +248,7 @@ def bundles(stream):
 
 
 def encode_bundle(encoding, bundle):
-    """List of pieces -> {split: (bytes for the .bin, number of documents, bytes of text)}."""
+    """Encode a list of pieces as {split: (bytes for the .bin, number of documents, bytes of text)}."""
     encoded = {}
     for split in {split for split, _ in bundle}:
         texts = [text for s, text in bundle if s == split]
@@ -260,8 +260,8 @@ def encode_bundle(encoding, bundle):
 
 def on_all_cores(function, items):
     """
-    map(function, items) on threads. They run in parallel because tiktoken releases the GIL. The results keep the order
-    of the items. Only a few items are taken ahead of the results, so memory stays flat.
+    Do map(function, items) on threads, which run in parallel because tiktoken releases the GIL. The results keep the
+    order of the items. Only a few items are taken ahead of the results, so memory stays flat.
     """
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
@@ -276,8 +276,8 @@ def on_all_cores(function, items):
 
 def write_text(files, stream, config, encoding, sources, total):
     """
-    Documents of text -> train.bin and val.bin, which are open in `files`. total: bytes to read, for the progress bar,
-    or None. Returns {split: counts}.
+    Write documents of text to train.bin and val.bin, which are open in `files`. total: bytes to read, for the progress
+    bar, or None. Return {split: counts}.
     """
     work = bundles(pieces(stream, config.val_fraction, sources))
     counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}
@@ -293,7 +293,7 @@ def write_text(files, stream, config, encoding, sources, total):
 
 
 def write_conversations(files, stream, config, encoding, sources):
-    """Conversations -> rows of block_size + 1 ids, and their masks, in `files`. Returns {split: counts}."""
+    """Write conversations to `files` as rows of block_size + 1 ids, and their masks. Return {split: counts}."""
     length = config.block_size + 1
     sources |= {"without_an_answer": 0, "cut_before_the_answer": 0}
     stream = counted(stream, sources)
@@ -310,7 +310,7 @@ def write_conversations(files, stream, config, encoding, sources):
 def write_dataset(draft, config, files, encoding, meta):
     """
     Write train.bin, val.bin and for conversations their masks to the folder `draft`. meta: the first keys of meta.json.
-    Returns all of them.
+    Return all of them.
     """
     sources = meta["sources"] | {"sha256": hashlib.sha256()}  # of the documents' sha256s, in order
     sources |= {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
@@ -344,7 +344,7 @@ def write_dataset(draft, config, files, encoding, meta):
     return meta | {"sources": sources | {"sha256": sources["sha256"].hexdigest()}} | counts
 
 
-def put_in_place(draft, folder, meta):
+def replace_dataset(folder, draft, meta):
     """
     Replace the dataset in `folder` by the files in the folder `draft` and by meta.json. All files are complete on the
     disk before the first is renamed, so an error or a kill leaves the earlier dataset untouched, unless it comes during
@@ -359,12 +359,11 @@ def put_in_place(draft, folder, meta):
         (folder / name).unlink(missing_ok=True)
     for name in names[::-1]:
         if (draft / name).exists():
-            os.replace(draft / name, folder / name)
-    flush_folder(folder)
+            put_in_place(draft / name, folder / name)
 
 
 def table(counts):
-    """Documents, tokens and bytes of each split, as lines of text."""
+    """Return documents, tokens and bytes of each split, as lines of text."""
     lines = [f"{'':<8}{'documents':>12}{'tokens':>16}{'bytes':>18}{'bytes/token':>14}"]
     for name, c in counts.items():
         ratio = c["bytes"] / max(1, c["tokens"])  # a part may have nothing for val
@@ -373,7 +372,7 @@ def table(counts):
 
 
 def notes(sources, column):
-    """What happened to the text on its way, as lines of text. column: the one that rows were searched for."""
+    """Yield what happened to the text on its way, as lines of text. column: the one that rows were searched for."""
     for encoding, same in sources.get("encodings", {}).items():
         others = f" and {same['files'] - 1:,} more" if same["files"] > 1 else ""
         yield f"read as {encoding}: {same['first']}{others}"
@@ -384,7 +383,8 @@ def notes(sources, column):
     if count := sources.get("without_an_answer"):
         yield f"note: {count:,} conversations without an assistant's answer were left out"
     if count := sources.get("cut_before_the_answer"):
-        yield f"note: {count:,} conversations with no answer within a row were left out: raise --block_size"
+        reason = "first answer comes after the row's end were left out: raise --block_size"
+        yield f"note: {count:,} conversations whose {reason}"
     if sources.get("empty_documents"):
         yield f"note: {sources['empty_documents']:,} empty documents were left out"
     if bad := sources.get("undecodable_bytes"):
@@ -439,7 +439,7 @@ def main(config):
                 meta |= read_tokenized(files, encoding, config.val_fraction)
             else:
                 meta = write_dataset(draft, config, files, encoding, meta)
-            put_in_place(draft, folder, meta)
+            replace_dataset(folder, draft, meta)
     except KeyboardInterrupt:
         print(f"interrupted before {folder} was complete: run the same command again", file=sys.stderr)
         sys.exit(130)

@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
 
 def encode_conversations(encoding, documents):
-    """Documents with messages -> list of Encoded."""
+    """Return documents with messages as a list of Encoded."""
     encoded = [(document.sha256, *chat_ids(encoding, document.messages)) for document in documents]
     return [Encoded(sha256, np.array(ids, "<u2"), np.array(mask, np.uint8)) for sha256, ids, mask in encoded]
 
@@ -40,7 +40,7 @@ def with_answers(conversations, length, sources):
 
 def packed(conversations, length):
     """
-    Pack (split, Encoded) into rows of `length` ids. Yields (split, list of Encoded), none of them longer together.
+    Pack (split, Encoded) into rows of `length` ids. Yield (split, list of Encoded), none of them longer together.
 
     First fit: a conversation goes to the oldest of the open rows that has room, or opens a new row. Beyond OPEN_ROWS
     the oldest row is closed.
@@ -63,7 +63,7 @@ def packed(conversations, length):
 def write_rows(files, rows, length, encoding):
     """
     Write the rows of `packed`, padded with zeros. files: {"train.bin": open file, "train_mask.bin": ..., ...}.
-    Returns {split: counts}, as in meta.json.
+    Return {split: counts}, as in meta.json.
     """
     sizes, names = token_sizes(encoding, VOCAB_SIZE), ("tokens", "bytes", "documents", "loss_tokens", "padding", "cut")
     counts = {split: dict.fromkeys(names, 0) for split in ("train", "val")}
@@ -86,7 +86,7 @@ def write_rows(files, rows, length, encoding):
 
 
 def conversation_table(counts):
-    """Conversations, tokens and their use in each split, as lines of text."""
+    """Return conversations, tokens and their use in each split, as lines of text."""
     lines = [f"{'':<8}{'conversations':>14}{'tokens':>14}{'loss tokens':>14}{'padding':>10}{'cut':>10}"]
     for name, c in counts.items():
         loss, padding = (c[key] / c["tokens"] for key in ("loss_tokens", "padding"))

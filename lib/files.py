@@ -111,13 +111,3 @@ def json_object(content):
     if not isinstance(found, dict):
         raise ValueError("it is JSON, but not an object")
     return found
-
-
-def flush_folder(path):
-    """Flush the renames in a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

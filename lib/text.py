@@ -33,11 +33,11 @@ from lib.errors import usable
 CHUNK = 2**18  # characters read at a time
 SAMPLE = 2**20  # bytes that decide the encoding of a file
 PATIENCE = 1_000  # if so many rows at the start of the only source have no text, the others are not read
+HINT = "get the file again, or leave it out"
 
 PLAIN = (".txt", ".md", ".py", ".html", ".htm", ".rst", ".tex", ".xml", ".log", ".srt")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
 OTHERS = {"node_modules", "site-packages", "dist-packages", "__pycache__", "venv", "vendor", "third_party"}  # folders
-HINT = "get the file again, or leave it out"
 
 
 class Document(NamedTuple):
@@ -53,8 +53,8 @@ class Document(NamedTuple):
 
 def find_files(path, suffixes=""):
     """
-    (folder, files, left_out): the files of a folder or a glob that can be read, sorted, and the others' numbers by
-    suffix. The folder of a glob is its part without wildcards.
+    Return (folder, files, left_out) of a folder or a glob: where its files are, those that can be read, sorted, and
+    the number of the others by suffix.
 
     suffixes: ".c,.h" are plain text, too; "all" takes every file of text. A glob's own suffix counts as well, and a
     file without a suffix is taken if it is text. Hidden files and OTHERS are left out, unless the glob names them.
@@ -78,18 +78,18 @@ def find_files(path, suffixes=""):
 
 
 def added_suffixes(suffixes):
-    """The setting "c, .h" -> {".c", ".h"}. With "all", .json is plain text too: a folder of programs has no rows."""
+    """Return {".c", ".h"} for the setting "c, .h". With "all", .json is plain text too: programs have no rows."""
     added = {f".{name.strip().lower().lstrip('.')}" for name in suffixes.split(",") if name.strip()}
     return added | {".json"} if ".all" in added else added
 
 
 def decompressed_name(path):
-    """notes.txt.gz -> notes.txt, and notes.txt as it is."""
+    """Return notes.txt for notes.txt.gz, and for notes.txt."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
 def suffix_of(path):
-    """The suffix that decides how a file is read: ".jsonl" for a.JSONL.gz."""
+    """Return the suffix that decides how a file is read: ".jsonl" for a.JSONL.gz."""
     return decompressed_name(path).suffix.lower()
 
 
@@ -105,12 +105,12 @@ MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
 
 
 def opened(path, mode="rt", encoding=None, errors="replace"):
-    """A file, decompressed, as a context manager. Line ends stay as they are."""
+    """Open a file, decompressed, in a with statement. Line ends stay as they are."""
     return fsspec.open(str(path), mode, COMPRESSED.get(path.suffix.lower()), encoding, errors, newline="")
 
 
 def encoding_of(path):
-    """A file's encoding: by its byte-order mark, or UTF-8, or charset-normalizer's best guess. None for a binary."""
+    """Return a byte-order mark's encoding, or UTF-8, or charset-normalizer's best guess, or None for a binary."""
     with usable(path, HINT), opened(path, "rb") as file:
         head = file.read(SAMPLE)
         for mark, encoding in MARKS.items():
@@ -152,7 +152,7 @@ def open_text(path, sources):
 
 
 def read_text(path, sources):
-    """The whole text of a file. sources: a Counter, or a dict as in `documents`."""
+    """Return the whole text of a file. sources: a Counter, or a dict as in `documents`."""
     with open_text(path, sources) as file:
         return file.read()
 
@@ -172,7 +172,7 @@ def jsonl_rows(path, column, sources):
 
 
 def json_rows(path, column, sources):
-    """The items of an array, or the objects that follow one another."""
+    """Yield the items of an array, or the objects that follow one another."""
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
     with open_text(path, sources) as file:
         text, rows, at = file.read().strip(), [], 0
@@ -251,8 +251,8 @@ PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answ
 
 def messages_of(row, config):
     """
-    The conversation in a row, a dict: list of {"role": str, "content": str}. None if it holds none. Raises ValueError,
-    which says why, if it cannot be read. The columns that decide, in this order:
+    Return the conversation in a row, a dict, as a list of {"role": str, "content": str}, or None if it holds none.
+    Raise ValueError if it cannot be read. The columns that decide, in this order:
 
         config.prompt_column, config.answer_column    if they are set, no others count
         messages                                      role, content
@@ -275,15 +275,16 @@ def messages_of(row, config):
 
 
 def messages_in(value, column):
-    """The messages in a list of {role, content} or {from, value}. Any role is kept, and so is their order."""
+    """Return the messages in a list of {role, content} or {from, value}. Any role and order is kept."""
     if not isinstance(value, list):
         raise ValueError(f"column {column} holds {value!r:.40}, not a list of messages")
     messages = []
     for number, message in enumerate(value, 1):
         where = f"column {column}, message {number}"
-        get = message.get if isinstance(message, dict) else lambda key: None
-        keys = ("role", "content") if get("role") is not None else ("from", "value")
-        role, content = map(get, keys)
+        pair = message if isinstance(message, dict) else {}
+        role, content = pair.get("role"), pair.get("content")
+        if role is None:
+            role, content = pair.get("from"), pair.get("value")
         if not isinstance(role, str):
             raise ValueError(f"{where} is {message!r:.60}, not a role and a content")
         messages.append({"role": ROLES.get(role, role), "content": text_of(content, where)})
@@ -291,7 +292,7 @@ def messages_in(value, column):
 
 
 def text_of(content, where):
-    """A message's content as one text: a text, null (a call of a tool has no words), or a list of parts of text."""
+    """Return a content as one text: a text, null (a call of a tool has no words), or a list of parts of text."""
     parts = content if isinstance(content, list) else [] if content is None else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -305,9 +306,9 @@ def text_of(content, where):
 
 def documents(files, config, sources):
     """
-    Yield the Documents of all files, in order. A file of plain text is one document; each row of a file with rows,
-    or of a Hub dataset, is one. Documents without text, and rows without a document, are counted and left out. Either
-    all documents are text or all are conversations: the first of the other kind ends the program with one line.
+    Yield the Documents of all files, in order. A file of plain text is one document, and so is each row of the others
+    and of a Hub dataset. Documents without text, and rows without a document, are counted and left out. Either all
+    documents are text or all are conversations: the first of the other kind ends the program with one line.
 
     files    list of Path; None to read the Hub dataset config.dataset
     config   has dataset, text_column, prompt_column, answer_column, suffixes, subset and split
@@ -351,13 +352,13 @@ def files_and_rows(files, config, sources):
 
 
 def text_document(path, sources):
-    """The whole file as one Document. It is read twice: here to measure it, later to encode it."""
+    """Return the whole file as one Document. It is read twice: here to hash it, later to encode it."""
     with open_text(path, sources) as file:
         return document_of(file, functools.partial(opened, path, encoding=file.encoding))
 
 
 def row_document(row, config, sources):
-    """A row as a Document: text if it has config.text_column, else a conversation. Raises ValueError if neither."""
+    """Return a row as a Document: text if it has config.text_column, else a conversation. If neither, ValueError."""
     column = config.text_column
     row = {column: row} if isinstance(row, str) else row
     if not isinstance(row, dict):
@@ -375,7 +376,7 @@ def row_document(row, config, sources):
 
 
 def document_of(file, open_again):
-    """The rest of a text file as a Document."""
+    """Return a text file as a Document. open_again: () -> the same file, for the second reading."""
     digest, chars = hashlib.sha256(), 0
     while block := file.read(CHUNK):
         digest.update(block.encode())
@@ -384,14 +385,14 @@ def document_of(file, open_again):
 
 
 def conversation(messages, sources):
-    """A list of {"role": str, "content": str} as a Document."""
+    """Return a list of {"role": str, "content": str} as a Document."""
     messages = [{name: without_halves(message[name], sources) for name in ("role", "content")} for message in messages]
     digest = hashlib.sha256(json.dumps(messages).encode()).digest()
     return Document(digest, sum(len(message["content"]) for message in messages), None, messages)
 
 
 def without_halves(text, sources):
-    """JSON's \\ud83d alone is half of a surrogate pair. UTF-8 has no such thing: it becomes U+FFFD and is counted."""
+    """Replace halves of surrogate pairs, such as JSON's \\ud83d, which UTF-8 lacks, by U+FFFD, and count them."""
     text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
     sources["undecodable_bytes"] += 6 * halves
     return text

@@ -83,7 +83,11 @@ def load(folder):
         assert meta[split]["tokens"] == len(ids) and ids[-1] == 0 and ids.max() < 49_152
         found[split] = [part.tolist() for part in np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]]
         assert meta[split]["documents"] == len(found[split])
-    assert {path.name for path in Path(folder).iterdir()} - {"input.txt"} == {"meta.json", "train.bin", "val.bin"}
+    assert {path.name for path in Path(folder).iterdir()} - {"input.txt", ".lock"} == {
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    }
     return meta, found
 
 
@@ -102,7 +106,8 @@ def expected(texts, oracle, val_fraction=0.1):
 
 def snapshot(folder):
     """{path: content} of every file under a folder."""
-    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path): path.read_bytes() for path in paths}
 
 
 STORIES = [f"Story {i}: the cat sat on mat {i * i}.\r\n\tIt said\u00a0“{'é' * (i % 5)}”  again.\n\n" for i in range(60)]
@@ -467,7 +472,7 @@ def test_a_second_run_into_the_same_name_is_refused(place, monkeypatch, oracle):
     monkeypatch.setattr(prepare_data, "cut", cut_meanwhile)
     prepare(f"--dataset={path}")
     assert second[0].returncode == 1
-    assert re.fullmatch(rf"error: data.in is in use by process {os.getpid()}: .* --name\n", second[0].stderr)
+    assert re.fullmatch(r"error: data.in is in use by another process: .* --name\n", second[0].stderr)
     assert load("data/in")[1] == expected(STORIES, oracle)
 
 
@@ -508,7 +513,9 @@ def test_disk_full(place, capsys):
         code, said = failure(capsys, f"--dataset={path}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1 and re.search(r"^error: data.in: File too large: .*--data_dir$", said)
+    assert code == 1 and re.search(
+        r"^error: data.in: File too large: the disk is full: free some space, or use another folder$", said
+    )
     assert snapshot("data") == before
 
 
@@ -532,7 +539,7 @@ def test_disk_full_at_the_last_flush(place, capsys, monkeypatch, nth):
     before = snapshot("data")
     disk_full_at_flush(monkeypatch, nth)
     code, said = failure(capsys, f"--dataset={path}")
-    assert code == 1 and re.search(r"^error: data.in: No space left on device: .*--data_dir$", said)
+    assert code == 1 and re.search(r"^error: data.in: No space left on device: the disk is full: .*$", said)
     assert snapshot("data") == before
 
 
@@ -561,7 +568,7 @@ def write_chats(chats=CHATS, path="in.jsonl", key="messages"):
 
 def load_chats(folder, block_size):
     """(meta, {split: [(ids, mask) of each conversation]}). Checks that the five files and meta.json agree."""
-    assert {path.name for path in Path(folder).iterdir()} == {
+    assert {path.name for path in Path(folder).iterdir()} - {".lock"} == {
         "meta.json", "train.bin", "val.bin", "train_mask.bin", "val_mask.bin",
     }  # fmt: skip
     train, val, meta = open_data(Path(folder).name, 49_152, block_size, Path(folder).parent)
@@ -726,8 +733,8 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "name above": (None, ["--name=.."], 2, ["'..'", "--name"]),
     "name absolute": (None, ["--name=/tmp/x"], 2, ["/tmp/x", "--name"]),
     "no name": (None, ["--dataset=/*.txt", "--name=a/b"], 2, []),
-    "folder is a file": (lambda: write("data/a", ""), ["--name=a"], 1, [str(Path("data/a")), "--data_dir"]),
-    "data_dir is a file": (lambda: write("data", ""), [], 1, [str(Path("data/python")), "--data_dir"]),
+    "folder is a file": (lambda: write("data/a", ""), ["--name=a"], 1, [str(Path("data/a")), "use another folder"]),
+    "data_dir is a file": (lambda: write("data", ""), [], 1, ["data", "use another folder"]),
     "one conversation": (lambda: write_chats(CHATS[:1] * 3), ["--dataset=in.jsonl"], 1, ["a single conversation"]),
     "no answers": (lambda: write_chats([say(("user", "x"))] * 3), ["--dataset=in.jsonl"], 1, ["3 conversations with"]),
     "short rows": (write_chats, ["--dataset=in.jsonl", "--block_size=9"], 1, ["80 convers", "raise --block_size"]),
