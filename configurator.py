@@ -2,7 +2,7 @@
 Settings: dataclass defaults < checkpoint (on resume) < config file < --flags.
 
     python train.py config/toy.py                    a config file: `name = value` lines
-    python train.py config/toy.py --max_iters=100    flags override it
+    python train.py config/toy.py --max_iters=100    flags override it; also --max_iters 100, --compile, --no-compile
     python train.py --help                           every setting with its type and default
 
 A script lists its settings once, in a frozen dataclass at its top, and reads them with `configure(XConfig)`.
@@ -10,29 +10,26 @@ An unknown name or a value of the wrong type ends the program with one line and 
 is touched.
 """
 
-import contextlib
+import ast
 import dataclasses
 import difflib
-import io
+import inspect
+import operator
 import os
+import re
 import sys
+import typing
+from pathlib import Path
 
-import tyro
-
-from lib.config_file import read_config_file
 from lib.errors import reject
 
-# Flags as in nanoGPT: --compile=True rather than --compile, underscores in names.
-TYRO = dict(config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-
-PATHS = {  # ~ is expanded
-    "out_dir", "data_dir", "dataset", "init_from", "official", "weights", "ckpt", "to", "json", "text", "items",
-    "against",
-}  # fmt: skip
-OTHER_NAMES = {  # what nanoGPT, or an earlier version of this project, calls a setting
+PATHS = {"out_dir", "data_dir", "dataset", "init_from", "against", "base", "to", "json", "text", "items"}  # ~ works
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.FloorDiv: operator.floordiv}  # fmt: skip
+OTHER_NAMES = {  # names in nanoGPT, and former names: ours
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size", "start": "prompt",
-    "always_save_checkpoint": "save_best", "eval_only": "init_from", "official": "init_from", "ckpt": "init_from",
-    "checkpoint_blocks": "activation_checkpointing",
+    "always_save_checkpoint": "save_best", "checkpoint_blocks": "activation_checkpointing",
+    "official": "init_from", "weights": "init_from", "ckpt": "init_from",
 }  # fmt: skip
 
 
@@ -40,7 +37,7 @@ def configure(cls, argv=None, saved=None):
     """
     Fill the dataclass `cls` from the command line.
 
-    argv   list of str, sys.argv[1:] by default: config files and --name=value flags, in any order.
+    argv   list of str, sys.argv[1:] by default: config files and flags, in any order.
     saved  function that takes the settings as first read and returns a dict of settings to put above the
            defaults, but below config file and flags. train.py reads its checkpoint this way.
     Returns an instance of `cls`. Exits with code 2 if a setting does not exist or has an impossible value.
@@ -49,58 +46,120 @@ def configure(cls, argv=None, saved=None):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        tyro.cli(cls, args=["--help"], **TYRO)  # prints, then exits with code 0
-
-    # Collect everything that was said as (where, name, value), weakest first.
-    settings, flags = [], []
-    switches = {field.name for field in dataclasses.fields(cls) if field.type is bool}
+        print_help(cls)
+        sys.exit()
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    in_files, in_flags = [], []  # (where, name, value) each, weakest first
     while argv:
         word = argv.pop(0)
         if not word.startswith("-"):
-            settings += read_config_file(word)
+            in_files += read_config_file(word)
             continue
         name, equals, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if not equals and name in switches and argv[:1] not in (["True"], ["False"]):
-            value = "True"  # `--quick` means `--quick=True`
-        elif not equals:
-            if not argv or argv[0].startswith("--"):
+        if not equals:
+            if types.get(name) is bool and argv[:1] not in (["True"], ["False"]):
+                value = "True"
+            elif name not in types and types.get(name.removeprefix("no_")) is bool:
+                name, value = name.removeprefix("no_"), "False"
+            elif argv and not argv[0].startswith("--"):
+                value = argv.pop(0)
+            elif name in types:
                 reject(f"command line: {word} has no value: write {word}=VALUE")
-            value = argv.pop(0)  # and `--name value` means `--name=value`
-        flags.append(("command line", name, value))
-    said = settings + flags
+        in_flags.append(("command line", name, value))
 
-    config = apply(cls, said)
+    config = build(cls, in_files + in_flags)
     if saved:
         below = [("the saved settings", name, str(value)) for name, value in saved(config).items()]
-        config = apply(cls, below + said)
+        config = build(cls, below + in_files + in_flags)
     return config
 
 
-def apply(cls, said):
-    """An instance of `cls`: its defaults, then each (where, name, value) that was said."""
+def build(cls, settings):
+    """An instance of `cls`: its defaults, then each (where, name, value) in order."""
     known = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
-    for where, name, value in said:
+    for where, name, value in settings:
         if name not in known:
             near = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, n=1)
             reject(f"{where}: no setting is named {name}: {f'did you mean {near[0]}?' if near else '--help lists all'}")
-        field = known[name]
-        one = dataclasses.make_dataclass("One", [(name, field.type, dataclasses.field(default=field.default))])
-        try:  # one flag at a time, so that the error can name it; tyro's own message fills a page
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                values[name] = getattr(tyro.cli(one, args=[f"--{name}={value}"], **TYRO), name)
-        except SystemExit:
-            kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).removeprefix("typing.")
-            reject(f"{where}: {name}={value} does not fit: {name} is {kind}, for example {field.default!r}")
+        try:
+            values[name] = convert(value, known[name].type)
+        except ValueError:
+            kind = inspect.formatannotation(known[name].type)
+            reject(f"{where}: {name}={value} does not fit: {name} is {kind}, for example {known[name].default!r}")
         if name in PATHS:
             values[name] = os.path.expanduser(values[name])
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:  # two settings that contradict each other
+    except (TypeError, ValueError) as error:  # a number beyond its limits, or two settings that contradict each other
         reject(str(error))
+
+
+def convert(text, kind):
+    """The text as bool, int, float, str, Literal or X | None. Raises ValueError if it is none."""
+    choices = typing.get_args(kind)
+    if type(None) in choices:
+        return None if text == "None" else convert(text, choices[0])
+    if choices:
+        return choices[choices.index(text)]
+    return bool(["False", "True"].index(text)) if kind is bool else kind(text)
+
+
+def check_limits(config, **limits):
+    """Raise ValueError if a setting that is not None lies outside its (smallest, largest) value."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:  # NaN is in no range
+            raise ValueError(f"{name} is {value}: it must be a number from {low:,} to {high:,}")
 
 
 def differences(old, new):
     """The settings whose values differ, as lines like `max_iters: 5000 -> 5050`."""
     return [f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]]
+
+
+def print_help(cls):
+    """Print every setting with its type, its default and the comment that follows it in the source."""
+    print(f"usage: python {Path(sys.argv[0]).name} [CONFIG_FILE] [--name=value ...]\n\n{inspect.getdoc(cls)}\n")
+    sources = "\n".join(inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", sources, re.M))
+    for field in dataclasses.fields(cls):
+        print(f"  --{field.name}  {inspect.formatannotation(field.type)}, default {field.default!r}")
+        print(f"      {comments.get(field.name, '')}")
+
+
+def read_config_file(path):
+    """
+    The settings in a config file, a list of (path, name, value), with the values as they would stand in a flag. Its
+    lines have Python's syntax, `name = value`, each a literal or arithmetic on literals and on names above it. They are
+    only parsed, never run.
+    """
+    where, names = f"config file {path}", {}
+
+    def evaluate(node):
+        match node:
+            case ast.Constant(value=int() | float() | str() | None):
+                return node.value
+            case ast.Name(id=name) if name in names:
+                return names[name]
+            case ast.UnaryOp(op=ast.USub()):
+                return -evaluate(node.operand)
+            case ast.BinOp(op=op) if type(op) in ARITHMETIC:
+                return ARITHMETIC[type(op)](evaluate(node.left), evaluate(node.right))
+        raise ValueError(f"{ast.unparse(node)!r:.60} is neither a value nor arithmetic on names above it")
+
+    try:
+        content = Path(path).expanduser().read_text(encoding="utf-8")
+        for node in ast.parse(content, path).body:
+            where = f"config file {path}, line {node.lineno}"
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)]):
+                    names[name] = evaluate(node.value)
+                case ast.Expr(value=ast.Constant(value=str())):
+                    pass  # a docstring
+                case _:
+                    raise ValueError(f"{ast.unparse(node)!r:.60} is not `name = value`, and nothing else is read")
+    except (OSError, SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        reject(f"{where}: {getattr(error, 'strerror', None) or error}")
+    return [(path, name, str(value)) for name, value in names.items()]

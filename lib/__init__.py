@@ -18,7 +18,6 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     log          log.csv, loss.png, the closing summary
     pictures     a picture that reads on a light and on a dark page
     trackers     log.csv's rows to trackio, wandb or tensorboard
-    config_file  `name = value` files -> settings
     files        files written whole, folders with one writer, sha256
     errors       one line in place of a traceback
     folders      a folder or glob -> the files to read, and what is left out
