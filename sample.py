@@ -3,24 +3,28 @@ Write text or talk: a checkpoint or any other weights go in, text comes out as i
 
     python sample.py --out_dir=out/nano --prompt="The file"
     python sample.py --init_from=base --prompt="The capital of France is" --temperature=0
-    python sample.py --init_from=instruct --chat=True        # a conversation; /reset, /system TEXT, /exit
+    python sample.py --init_from=instruct --chat             # a conversation; /reset, /system TEXT, /exit
 """
 
 import codecs
+import contextlib
+import importlib
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from configurator import configure
+from configurator import check_limits, configure
 from lib.chat import chat_ids
-from lib.errors import one_line_errors
+from lib.errors import one_line_errors, usable
 from lib.machine import pick_device, pick_matmul, try_compiling
-from lib.terminal import converse, read_prompt
 from lib.tokenizer import END_OF_TEXT, encode, known_ids, load_tokenizer
 from lib.weights import find_weights, load_network
+
+HELP = "/reset begins again, /system TEXT gives another system message, /exit or Ctrl-D ends, Ctrl-C ends a reply"
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class SampleConfig:
     system: str = ""  # chat: the system's message; by default the release's own
     num_samples: int = 1  # texts to write, all at the same time
     max_new_tokens: int = 200  # longest continuation
-    temperature: float | None = None  # 0 is greedy: always the likeliest token; by default 0.8, in chat 0.2
-    top_k: int | None = None  # choose among the k likeliest tokens, 0 for all; by default 50, in chat 0
-    top_p: float | None = None  # choose among the likeliest tokens that together reach p; by default 1, in chat 0.9
+    temperature: float | None = None  # 0 is greedy: always the most likely token; by default 0.8, in chat 0.2
+    top_k: int | None = None  # choose among the k most likely tokens, 0 for all; by default 50, in chat 0
+    top_p: float | None = None  # choose among the most likely tokens that together reach p; by default 1, in chat 0.9
     repetition_penalty: float = 1.0  # above 1, tokens that are in the text already become less likely
     seed: int = 1337  # the same seed writes the same texts
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
@@ -48,16 +52,83 @@ class SampleConfig:
         for name, value in usual.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
-        limits = dict(num_samples=(1, 2**20), max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(-1, 2**31))
-        limits |= dict(top_p=(0, 1), repetition_penalty=(0.01, 100))
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:  # NaN is in no range
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be a number from {low:g} to {high:g}")
+        check_limits(
+            self, num_samples=(1, 2**20), max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(-1, 2**31),
+            top_p=(0, 1), repetition_penalty=(0.01, 100),
+        )  # fmt: skip
+
+
+def read_prompt(prompt):
+    """The text of --prompt=: - is standard input and @FILE a file, in UTF-8, without the newline at their ends."""
+    if prompt != "-" and not prompt.startswith("@"):
+        return prompt
+    with usable("standard input" if prompt == "-" else prompt[1:], "give --prompt=@FILE a text file in UTF-8"):
+        content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt[1:]).expanduser().read_bytes()
+        return content.decode().removesuffix("\n").removesuffix("\r")
+
+
+def question_ids(encoding, system, turns):
+    """The ids of a conversation up to where the assistant's next message begins."""
+    first = [{"role": "system", "content": system}] if system else []
+    return chat_ids(encoding, [*first, *turns], generation_prompt=True)[0]
+
+
+def converse(encoding, system, limit, write):
+    """
+    Talk until /exit or the end of standard input. Each reply reads the whole conversation again, from its beginning: a
+    second or two for a thousand tokens on a CPU.
+
+    system  the system's message; "" for the template's own
+    limit   most ids that a conversation may have before a reply: beyond it, its oldest turns are forgotten
+    write   function: ids -> yields the parts of the reply, lists of one str
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # input() then has a history and the arrow keys
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    print(HELP)
+    turns = []
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D ends the conversation)")
+            continue
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return
+        elif command == "/reset":
+            turns = []
+            print("(a new conversation)")
+        elif command == "/system":
+            system = rest.strip()
+            print(f"(the system's message is now: {system or 'the usual one'})")
+        elif command[:1] == "/" and command[1:].isalpha():
+            print(f"({command} is no command: {HELP})")
+        elif line:
+            kept = [*turns, {"role": "user", "content": line}]
+            while len(ids := question_ids(encoding, system, kept)) > limit and len(kept) > 1:
+                kept = kept[2:]  # without the oldest question and its answer
+            if len(ids) > limit:
+                print(f"(too long: {len(ids)} tokens with the system's message, and at most {limit} fit)")
+                continue
+            if forgotten := (len(turns) + 1 - len(kept)) // 2:
+                print(f"(the context is full: {forgotten} of {len(turns) // 2} earlier turns are forgotten)")
+            reply = ""
+            try:
+                for (part,) in write(ids):
+                    reply += part
+                    print(part, end="", flush=True)
+            except KeyboardInterrupt:
+                print(" (stopped)", end="")
+            print()
+            turns = [*kept, {"role": "assistant", "content": reply}]
 
 
 @one_line_errors("use --dtype=bfloat16, a shorter prompt or fewer samples")
 def main(config):
-    talk = config.chat and config.prompt is None
     prompt = read_prompt("The" if config.prompt is None else config.prompt)
     device = pick_device(config.device)
     dtype, precision = pick_matmul(config.dtype, device)
@@ -88,17 +159,18 @@ def main(config):
             yield [decoder.decode(token) for decoder, token in zip(utf8, tokens, strict=True)]
 
     context = model.config.max_position_embeddings
-    if talk:
+    if config.chat and config.prompt is None:
         return converse(encoding, config.system, context - min(config.max_new_tokens, context // 2), write)
     if config.chat:
-        system = [{"role": "system", "content": config.system}] if config.system else []
-        ids, _ = chat_ids(encoding, [*system, {"role": "user", "content": prompt}], generation_prompt=True)
+        ids = question_ids(encoding, config.system, [{"role": "user", "content": prompt}])
     else:
         ids = encode(encoding, prompt) or [END_OF_TEXT]
     if len(ids) > context:
-        sys.exit(f"error: the prompt is too long: {len(ids)} tokens do not fit a context of {context}")
+        sys.exit(f"error: the prompt is too long: {len(ids)} tokens do not fit a context of {context}: shorten it")
     begin = f"---\n{prompt}" + "\n" * config.chat
-    texts, count, start = [begin] * config.num_samples, 0, time.perf_counter()
+    texts = [begin] * config.num_samples
+    count = 0
+    start = time.perf_counter()
     try:
         if config.num_samples == 1:
             print(begin, end="", flush=True)

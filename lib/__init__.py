@@ -9,7 +9,6 @@ What the scripts share, a room a subject. Rooms import no script, only each othe
     chat         the Instruct releases' chat template
     conversations  rows with questions and answers -> messages -> ids and masks, packed
     python_chat  the standard library's docstrings -> conversations
-    terminal     a prompt from a file or a pipe; a conversation
     machine      device, dtype, matmul precision, memory, torch.compile
     processes    one process or torchrun's, and the signals that stop them
     parallel     several processes, one network: data parallel or sharded

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lib.checkpoint import write_checkpoint
 from lib.tokenizer import tokenizer_json
 from lib.weights import find_weights, load_network, release_source
+from model import ModelConfig, SmolLM2
 
 LLAMA = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -117,3 +119,37 @@ def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
             meta[split] |= dict(loss_tokens=sum(content), mask_sha256=hashlib.sha256(content).hexdigest())
     (folder / "meta.json").write_text(json.dumps(meta | more))
     return meta
+
+
+def llama_of(network):
+    """transformers' Llama with the weights of a SmolLM2, such as the real ones; they share memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {**vars(network.config), "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
+    rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
+    config = LlamaConfig(**settings, rope_parameters=rope)
+    with torch.device("meta"):
+        peer = LlamaForCausalLM(config)
+    head = {"lm_head.weight": network.model.embed_tokens.weight}
+    peer.load_state_dict(network.state_dict() | head, assign=True)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config)  # its tables are no weights, so they are still on meta
+    return peer.eval()
+
+
+def save_checkpoint(folder, network, **settings):
+    """A SmolLM2 in folder/ckpt.pt, as train.py saves it after iteration 7; returns the network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = vars(network.config) | {"dataset": "text"} | settings
+    state = dict(model=network.state_dict(), optimizer={}, scheduler={}, iter_num=7, config=config, data={})
+    write_checkpoint(folder / "ckpt.pt", state)
+    return network
+
+
+def tiny(seed=0, **shapes):
+    """A small SmolLM2 with the real vocabulary and random weights."""
+    torch.manual_seed(seed)
+    small = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=128,
+    )  # fmt: skip
+    return SmolLM2(ModelConfig(**small | shapes))
