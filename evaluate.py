@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure
-from lib.batches import ratio
+from configurator import check_limits, configure
 from lib.dataset import open_data
 from lib.errors import one_line_errors
 from lib.files import written_whole
 from lib.machine import autocast, pick_device, pick_matmul
 from lib.tasks import TASKS, file_rows, hub_task_rows, read_items
-from lib.text import ROWS, open_text, suffix_of
+from lib.text import ROWS, read_text, suffix_of
 from lib.tokenizer import END_OF_TEXT, encode, encode_array, load_tokenizer, token_sizes
 from lib.weights import find_weights, load_network
 
@@ -50,8 +49,7 @@ class EvaluateConfig:
     data_dir: str = "data"  # where prepared datasets are
     text: str = ""  # a text file
     window: int | None = None  # tokens read at once; by default the context, but at most 2,048
-    stride: int | None = None  # tokens scored in each window; by default half of it, with --by_position the whole
-    by_position: bool = False  # also the loss by the number of tokens read before
+    stride: int | None = None  # tokens scored in each window; by default half of it
     # multiple choice
     task: Literal["", *TASKS] = ""  # from the Hub
     items: str = ""  # a local file of such a task's rows, or of rows `query`, `choices`, `gold`
@@ -66,13 +64,9 @@ class EvaluateConfig:
         named = [name for name in ("dataset", "text", "task", "items") if getattr(self, name)]
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} are both given: evaluate one at a time")
-        for name in ("window", "stride", "limit", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
-        if (self.task or self.items) and (self.stride or self.by_position):
-            raise ValueError("stride and by_position are for text, not for multiple choice: leave them out")
-        if self.window and self.stride and self.stride > self.window:
-            raise ValueError(f"stride {self.stride} is longer than window {self.window}: tokens would be left out")
+        if (self.task or self.items) and self.stride:
+            raise ValueError("--stride is for text, not for multiple choice: leave it out")
+        check_limits(self, window=(1, 2**20), stride=(1, 2**20), limit=(1, 2**62), batch_size=(1, 2**20))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,10 +130,8 @@ def choice_rows(items, encoding, window):
                 ids, before = [END_OF_TEXT, *ids], 1
             count = len(ids) - before
             if not 1 <= count <= window:
-                sys.exit(
-                    f"error: the choice {continuation[:60]!r} has {count} tokens, which a window of {window} cannot "
-                    "score: take its question out, or raise --window up to the context"
-                )
+                large = f"error: the choice {continuation[:60]!r} has {count} tokens, which a window of {window} cannot"
+                sys.exit(f"{large} score: take its question out, or raise --window up to the context")
             cut += len(ids) > window + 1
             ids = np.array(ids[-(window + 1) :])
             rows.append((ids, np.arange(1, len(ids)) >= len(ids) - count))
@@ -160,49 +152,46 @@ class Text(NamedTuple):
     units: str  # what those are called
 
 
-def read_text(config, vocab_size, window, encoding):
+def load_text(config, vocab_size, window, encoding):
     """The Text that --text or --dataset names. vocab_size: the smallest among the weights."""
-    sources = Counter()
+    mask = None
     if config.text:
-        path = Path(config.text)
-        if not path.is_file():
-            sys.exit(f"error: {path} is not a file: give --text the name of a text file")
+        path, sources = Path(config.text), Counter()
         if suffix_of(path) in ROWS:
             sys.exit(f"error: {path} holds rows: python prepare_data.py --dataset={path}, then evaluate that --dataset")
-        with open_text(path, sources) as file:
-            ids = encode_array(encoding, file.read())
-        about, mask = f"{path}, {file.encoding.removesuffix('-sig')}", None
+        ids = encode_array(encoding, read_text(path, sources))
+        about = ", ".join([str(path), *sources.get("encodings", ())])
         if bad := sources["undecodable_bytes"]:
             about += f", {bad:,} bytes that cannot be decoded became U+FFFD"
         if not len(ids):
             sys.exit(f"error: {path} holds no text: name another file")
     else:
-        _, (ids, mask), meta = open_data(config.dataset or "python", vocab_size, None, config.data_dir)
-        about = f"{Path(config.data_dir, config.dataset or 'python', 'val.bin')}"
+        dataset = config.dataset or "python"
+        _, (ids, mask), meta = open_data(dataset, vocab_size, None, config.data_dir)
+        about = str(Path(config.data_dir, dataset, "val.bin"))
 
     if mask is not None:  # conversations: each row is a window of its own
         T = meta["block_size"]
         if config.window or config.stride:
             sys.exit(f"error: {about} holds conversations in rows of {T}: leave --window and --stride out")
-        both = zip(ids.reshape(-1, T + 1)[: config.limit], mask.reshape(-1, T + 1) == 1, strict=False)
-        rows = [(row, learnt[1:]) for row, learnt in both if learnt[1:].any()]
+        pairs = zip(ids.reshape(-1, T + 1)[: config.limit], mask.reshape(-1, T + 1)[:, 1:] == 1, strict=False)
+        rows = [(row, learned) for row, learned in pairs if learned.any()]
         if not rows:
             sys.exit(f"error: {about} has no token to score in its rows: raise --limit, or prepare it again")
-        about += f": {len(rows):,} rows of conversations, of whose tokens only those to be learnt are scored"
+        about += f": {len(rows):,} rows of conversations, only the tokens to be learned are scored"
         unit = np.repeat(np.arange(len(rows)), [scored.sum() for _, scored in rows])
         return Text(about, rows, np.concatenate([row[1:][scored] for row, scored in rows]), unit, "rows")
 
-    stride = config.stride or (window if config.by_position else (window + 1) // 2)
+    stride = config.stride or (window + 1) // 2
     if stride > window:
-        sys.exit(
-            f"error: stride {stride} is longer than the window, {window}: tokens would be left out, lower --stride"
-        )
-    ids = ids[: config.limit]
-    stream = np.concatenate(([END_OF_TEXT], ids)).astype(np.int32)  # the first token, too, follows an <|endoftext|>
+        sys.exit(f"error: stride {stride} is longer than window {window}: tokens would be left out, lower --stride")
+    stream = np.concatenate(([END_OF_TEXT], ids[: config.limit])).astype(np.int32)  # the first follows one, too
     documents = (stream[:-1] == END_OF_TEXT).cumsum() - 1  # the <|endoftext|> that ends a document belongs to it
     count = int(documents[-1]) + 1
     about += f": {count:,} document{'s' if count > 1 else ''}; window {window:,} tokens, stride {stride:,}"
-    unit, units = (documents, "documents") if count >= ENOUGH else (np.arange(len(ids)) // stride, "blocks")
+    unit, units = documents, "documents"
+    if count < ENOUGH:
+        unit, units = np.arange(len(documents)) // stride, "blocks"
     return Text(about, windows(stream, window, stride), stream[1:], unit, units)
 
 
@@ -210,24 +199,15 @@ def read_text(config, vocab_size, window, encoding):
 # Results: {name of a number: (value, standard error)}
 
 
-def text_results(text, losses, sizes, by_position):
+def text_results(unit, losses, sizes):
     """Results of a text from losses (N,), in nats, or from differences of losses. sizes: (N,) bytes of the tokens."""
-    nats, tokens = np.bincount(text.unit, losses), np.bincount(text.unit)
-    loss, error = ratio(nats, tokens)
-    results = {
+    nats = np.bincount(unit, losses)
+    loss, error = ratio(nats, np.bincount(unit))
+    return {
         "nats per token": (loss, error),
         "perplexity": (np.exp(loss), np.exp(loss) * error),
-        "bits per byte": ratio(nats / math.log(2), np.bincount(text.unit, sizes)),
+        "bits per byte": ratio(nats / math.log(2), np.bincount(unit, sizes)),
     }
-    if by_position:
-        read = np.concatenate([np.flatnonzero(scored) + 1 for _, scored in text.rows])  # (N,) tokens read before
-        octave = np.log2(read).astype(int)
-        for k in np.unique(octave).tolist():
-            here = octave == k
-            nats, tokens = np.bincount(text.unit[here], losses[here]), np.bincount(text.unit[here])
-            span = f"{2**k:,}-{2 ** (k + 1) - 1:,}" if k else "1"
-            results[f"nats after {span}"] = ratio(nats[tokens > 0], tokens[tokens > 0])
-    return results
 
 
 MEASURES = {  # by what a choice's log-likelihood is divided
@@ -238,8 +218,9 @@ MEASURES = {  # by what a choice's log-likelihood is divided
 
 
 def answers(items, losses):
-    """(n, 3) for each item and measure, 1.0 if the likeliest choice is the right one. losses: an array for each row."""
-    right, rows = np.zeros((len(items), len(MEASURES))), iter(losses)
+    """(n, 3) for each item and measure, 1.0 if the most likely choice is the right one. losses: an array per row."""
+    right = np.zeros((len(items), len(MEASURES)))
+    rows = iter(losses)
     for i, item in enumerate(items):
         log_likelihoods = np.array([-next(rows).sum(dtype=np.float64) for _ in item.continuations])
         for j, length in enumerate(MEASURES.values()):
@@ -287,11 +268,9 @@ def main(config):
         rows, cut = choice_rows(items, encoding, window)
         print(f"{config.task or config.items}: {len(items):,} questions, {len(rows):,} choices")
         if cut:
-            print(
-                f"note: {cut:,} of them are longer than the window of {window:,} tokens: their beginnings were cut off"
-            )
+            print(f"note: {cut:,} of them are longer than the window, {window:,} tokens: their beginnings are cut off")
     else:
-        text = read_text(config, vocab_size, window, encoding)
+        text = load_text(config, vocab_size, window, encoding)
         rows = text.rows
         print(text.about)
     longest, largest = max(len(scored) for _, scored in rows), max(int(ids.max()) for ids, _ in rows)
@@ -312,29 +291,26 @@ def main(config):
 
     # The numbers
     if choices:
-        found = [answers(items, of_rows) for of_rows in losses]
+        scores = [answers(items, of_rows) for of_rows in losses]  # (questions, measures) each
         units = f"{len(items):,} questions"
     else:
-        found = [np.concatenate(of_rows) for of_rows in losses]
+        scores = [np.concatenate(of_rows) for of_rows in losses]  # (tokens,) each
         sizes = token_sizes(encoding, vocab_size)[text.targets]
-        count = text.unit.max() + 1
-        units = f"{len(text.targets):,} tokens, {sizes.sum():,} bytes, in {count:,} {text.units}"
+        units = f"{len(text.targets):,} tokens, {sizes.sum():,} bytes, in {text.unit.max() + 1:,} {text.units}"
 
-    def results(found):
+    def results(scores):
         if choices:
-            return {name: ratio(right, np.ones(len(right))) for name, right in zip(MEASURES, found.T, strict=True)}
-        return text_results(text, found, sizes, config.by_position)
+            return {name: ratio(right, np.ones(len(right))) for name, right in zip(MEASURES, scores.T, strict=True)}
+        return text_results(text.unit, scores, sizes)
 
-    columns = {name: results(of) for name, of in zip("AB", found, strict=False)}
+    columns = {name: results(of) for name, of in zip("AB", scores, strict=False)}
     if config.against:
-        columns["A - B"] = results(found[0] - found[1])  # paired: on each question or document the same for both
+        columns["A - B"] = results(scores[0] - scores[1])  # paired: on each question or document the same for both
         columns["A - B"].pop("perplexity", None)
     print(f"{table(columns)}\n± standard error over {units}, {dtype} on {device}")
     if config.json:
         with written_whole(config.json, "w") as file:
-            known = {
-                column: {m: [v, e if e == e else None] for m, (v, e) in of.items()} for column, of in columns.items()
-            }
+            known = {a: {b: [v, e if e == e else None] for b, (v, e) in c.items()} for a, c in columns.items()}
             json.dump(dict(settings=asdict(config), over=units, results=known), file, indent=2)
 
 
