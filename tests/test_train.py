@@ -404,7 +404,7 @@ def test_the_checkpoint_test(place, capfd):
     assert run("--out_dir=a", "--max_iters=4") == 0
     before = Path("a/ckpt.pt").read_bytes()
     code, out = checkpoint_test(capfd)
-    assert code == 0 and out.count("✓") == 13 and "\n✗" not in out and out.endswith("resume_test: 12 ✓, 0 ✗\n")
+    assert code == 0 and out.count("✓") == 7 and "\n✗" not in out and out.endswith("resume_test: 6 ✓, 0 ✗\n")
     assert "a/ckpt.pt: iteration 4; straight to 14, and with a stop at 9" in out
     assert Path("a/ckpt.pt").read_bytes() == before and {path.name for path in Path("a").iterdir()} == {
         ".lock", "ckpt.pt", "log.csv", "loss.png",
@@ -423,9 +423,9 @@ def load_nothing(self, state_dict):
 
 
 BROKEN_RESUMES = {
-    "moments": (torch.optim.AdamW, load_without_moments, ["first moments", "second moments", "moments at 14"]),
-    "weights": (train.SmolLM2, load_nothing, ["weights, checksum", "same losses", "weights at 14"]),
-    "scheduler": (torch.optim.lr_scheduler.LambdaLR, load_nothing, ["same losses", "weights at 14"]),
+    "moments": (torch.optim.AdamW, "load_state_dict", ["moments at 14"]),
+    "weights": (train.SmolLM2, "load_state_dict", ["log.csv", "weights at 14"]),
+    "scheduler": (torch.optim.lr_scheduler.LambdaLR, "load_state_dict", ["log.csv", "weights at 14"]),
 }
 
 
