@@ -3,7 +3,7 @@ Find the architecture in the official weights: every number, with the evidence f
 
     python discover.py                              the base release, or the wheel's weights: one to three minutes
     python discover.py --context=8192 --plot=True   read as far as the release can, and draw out/discover.png
-    python discover.py --official=my/folder         another release: 360M, 1.7B, a folder, a .gguf
+    python discover.py --init_from=my/folder        other weights: 360M, 1.7B, a folder, a .gguf, a checkpoint
 
 1. Names and shapes tell most of it. config.json is not trusted. Its claims are compared with the findings at the end.
 2. Behaviour tells the rest. The same weights read the same text under rival hypotheses, each with one change, and
@@ -25,28 +25,18 @@ from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 from configurator import configure, reject
-from lib.errors import one_line_errors
+from lib.errors import one_line_errors, usable
 from lib.files import written_whole
-from lib.formats import is_gguf
-from lib.layouts import deinterleave, tile_heads
-from lib.official import SHA256, describe, find_release, wheel_gguf
+from lib.official import SHA256, wheel_gguf
+from lib.oracle import ACTIVATIONS, build_variant
 from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
-from lib.weights import (
-    build,
-    config_to_json,
-    expected_shapes,
-    read_config,
-    read_settings,
-    release_tensors,
-    without_head,
-)
+from lib.weights import config_from_json, config_to_json, expected_shapes, find_weights, without_head
 from model import PRESETS, ModelConfig, parameter_table
 
 
@@ -54,8 +44,7 @@ from model import PRESETS, ModelConfig, parameter_table
 class DiscoverConfig:
     """Find the architecture from the weights, and compare every public source's claims with it."""
 
-    official: str = "base"  # base, instruct, 360M, ..., wheel, hub:org/name, a folder, a .gguf
-    tokens: int = 2_048  # length of the text on which rivals are compared
+    init_from: str = "base"  # the weights: base, instruct, 360M, ..., wheel, org/name, a folder, a .gguf, a checkpoint
     context: int = 4_096  # how far to read; 8192 tells theta 50,000 from 100,000; the release fails past 10,240
     plot: bool = False  # draw NLL by theta and by position to out_dir/discover.png
     out_dir: str = "out"  # folder for config.json and discover.png
@@ -78,6 +67,7 @@ FROM_TRANSFORMERS = dict(attention_dropout=0.0, torch_dtype="bfloat16", transfor
 PYTHON = sys.version.split()[0]
 CONFIG_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
 
+TOKENS = 2_048  # length of the text on which rivals are compared
 GLANCE = 256  # tokens: enough to rule out a rival that cannot read at all
 BLOCK = 32  # tokens in a row that count as one observation
 FLOOR = 0.001  # nats per token: a smaller difference is no evidence
@@ -85,7 +75,6 @@ LOSS = 0.1  # nats per token: reading beyond the context costs at least this muc
 BEYOND = 1.5  # a network reads a little past its training context (measured: 10,240 for 8,192), but never this far
 THETAS = (1e3, 1e4, 3e4, 5e4, 1e5, 2e5, 5e5, 1e6)
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3)
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,11 +91,8 @@ class Shapes(NamedTuple):
 
 
 def read_shapes(tensor_shapes, path):
-    """The Shapes in {name: shape}. Ends the program with one line if model.py has no such network."""
-    biases = [name for name in tensor_shapes if name.endswith(".bias")]
-    if biases:
-        sys.exit(f"error: {path} has biases ({biases[0]}), which model.py does not do")
-    try:
+    """Return the Shapes in {name: shape}. End the program with one line if it is not a Llama."""
+    with usable(path, "name the weights of a Llama"):
         return Shapes(
             *tensor_shapes["model.embed_tokens.weight"],
             len({name.split(".")[2] for name in tensor_shapes if name.startswith("model.layers.")}),
@@ -114,21 +100,19 @@ def read_shapes(tensor_shapes, path):
             tensor_shapes["model.layers.0.self_attn.q_proj.weight"][0],
             tensor_shapes["model.layers.0.self_attn.k_proj.weight"][0],
         )
-    except KeyError as error:
-        sys.exit(f"error: {path} has no tensor {error.args[0]}: it is not a Llama-style network")
 
 
 def require_shapes(tensor_shapes, config, path):
-    """End the program with one line unless {name: shape} is exactly that of a network with this config."""
-    here, expected = ({n: list(s) for n, s in shapes.items()} for shapes in (tensor_shapes, expected_shapes(config)))
-    for name in expected | here:
-        if here.get(name) != expected.get(name):
-            says, other = here.get(name, "missing"), expected.get(name, "no such tensor")
-            sys.exit(f"error: {path}: {name} is {says}, but the other tensors imply {other}")
+    """End the program with one line unless {name: shape} is exactly that of a model with this config."""
+    expected = expected_shapes(config)
+    for name in expected | tensor_shapes:
+        if tensor_shapes.get(name) != expected.get(name):
+            stored, implied = (list(shapes.get(name, ())) or "missing" for shapes in (tensor_shapes, expected))
+            sys.exit(f"error: {path}: {name} is {stored}, but by the other tensors it must be {implied}")
 
 
-def head_dims(shapes, claimed):
-    """The head dimensions that divide both widths. Candidates: multiples of 32, and those that a source claims."""
+def find_head_dims(shapes, claimed):
+    """Return the head dimensions that divide both widths: multiples of 32, and those that a source claims."""
     Q, K = shapes.q_width, shapes.kv_width
     fitting = [D for D in sorted({*range(32, 257, 32), *claimed}) if D > 0 and D % 2 == Q % D == K % D == Q % K == 0]
     return fitting or sys.exit(f"error: no head_dim fits a q_proj and a k_proj {Q} and {K} wide")
@@ -139,43 +123,43 @@ def head_dims(shapes, claimed):
 
 
 class Hypothesis(NamedTuple):
-    """Everything that shapes do not tell. The search starts from the defaults and tests each of them."""
+    """Everything that shapes do not show. The search starts from the defaults and tests each of them."""
 
-    rope_layout: str = "half-split"  # RoPE rotates the pairs (i, i + D/2); interleaved: (2i, 2i + 1)
-    head_dim: int = 64
-    kv_grouping: str = "repeated"  # query head h uses KV head h // (H/K); tiled: h % K
-    gate: str = "gate_proj"  # the matrix whose output goes through the activation: gate_proj or up_proj
+    rope_layout: str = "half-split"  # these five: see lib/oracle.py's build_variant
+    kv_grouping: str = "repeated"
+    gate: str = "gate_proj"
     hidden_act: str = "silu"
-    norm_order: str = "as named"  # swapped: input_layernorm comes before the MLP
+    norm_order: str = "as named"
+    head_dim: int = 64
     rope_theta: float = 100_000.0
     rms_norm_eps: float = 1e-5
 
 
 class Reader:
-    """Measures the NLL of one text with one set of weights, under any Hypothesis. Remembers what it has measured."""
+    """Measure the NLL of one text with one set of weights, under any Hypothesis. Remember what was measured."""
 
     def __init__(self, shapes, tensors, ids):
         self.shapes, self.tensors, self.ids = shapes, tensors, ids
         self.known = {}  # Hypothesis: NLL of the first tokens
 
     def nll(self, hypothesis, n):
-        """NLL in nats of each of the first n tokens, given all tokens before it: (n,)."""
+        """Return the NLL in nats of each of the first n tokens, given all tokens before it: (n,)."""
         if len(self.known.get(hypothesis, ())) < n:
             self.known[hypothesis] = self.read(hypothesis, 0, n)
         return self.known[hypothesis][:n]
 
     def read(self, hypothesis, start, stop):
-        """NLL of each token from start to stop, given only the tokens from start on: (stop - start,)."""
+        """Return the NLL of each token from start to stop, given only the tokens from start on: (stop - start,)."""
         config = config_under(hypothesis, self.shapes, stop - start)
-        network = build(config, rearranged(self.tensors, config, hypothesis))  # all rivals share these weights
-        with patch.object(F, "silu", ACTIVATIONS[hypothesis.hidden_act]):
-            x = network.hidden(self.ids[None, start:stop])[0]  # (T, C)
+        variant = {name: value for name, value in hypothesis._asdict().items() if not hasattr(config, name)}
+        model = build_variant(config, self.tensors, **variant)  # all rivals share these weights
+        x = model.hidden(self.ids[None, start:stop])[0]  # (T, C)
         chunks = zip(x.split(512), self.ids[start + 1 : stop + 1].split(512), strict=True)  # 100 MB of logits each
-        return torch.cat([F.cross_entropy(network.head(h), t, reduction="none") for h, t in chunks])
+        return torch.cat([F.cross_entropy(model.head(h), t, reduction="none") for h, t in chunks])
 
 
 def config_under(hypothesis, shapes, length):
-    """The ModelConfig of a Hypothesis, with a context of `length` tokens."""
+    """Return the ModelConfig of a Hypothesis, with a context of `length` tokens."""
     return ModelConfig(
         vocab_size=shapes.vocab_size,
         hidden_size=shapes.hidden_size,
@@ -190,42 +174,20 @@ def config_under(hypothesis, shapes, length):
     )
 
 
-def rearranged(tensors, config, hypothesis):
-    """
-    A state dict with which model.py computes the network of `hypothesis`. Reordering rows, heads or matrices in the
-    tensors is exactly the same as reordering them in the computation.
-    """
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    swap = {}
-    if hypothesis.gate == "up_proj":
-        swap |= {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-    if hypothesis.norm_order == "swapped":
-        swap |= {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"}
-    state = {}
-    for name, w in tensors.items():
-        *path, part, _ = name.split(".")
-        if hypothesis.rope_layout == "interleaved" and part in ("q_proj", "k_proj"):
-            w = deinterleave(w, D)
-        if hypothesis.kv_grouping == "tiled" and part in ("q_proj", "o_proj"):
-            w = tile_heads(w, 0 if part == "q_proj" else 1, H, K)
-        state[".".join((*path, swap.get(part, part), "weight"))] = w
-    return state
-
-
-def manual_ids(config):
-    """Ids of the running Python's reference manual, (context + 1,), longest chapters first because those are prose."""
+def read_manual(tokenizer, context):
+    """Return ids of the running Python's reference manual, (context + 1,), longest chapters (they are prose) first."""
     text = "\n\n".join(sorted(pydoc_data.topics.topics.values(), key=len, reverse=True))
-    ids = encode(load_tokenizer(config.official), text)
-    if len(ids) <= config.context:
-        reject(f"--context={config.context} is more than the text has: {len(ids):,} tokens")
-    return torch.tensor(ids[: config.context + 1])
+    ids = encode(load_tokenizer(**tokenizer), text)
+    if len(ids) <= context:
+        reject(f"--context={context} is more than the text has: {len(ids):,} tokens")
+    return torch.tensor(ids[: context + 1])
 
 
 class Difference(NamedTuple):
-    """The difference in NLL of two readings of the same tokens: mean, standard error, number of tokens."""
+    """The difference in NLL of two readings of the same tokens."""
 
     mean: float
-    error: float
+    error: float  # standard error of the mean
     tokens: int
 
     @property
@@ -247,11 +209,25 @@ class Difference(NamedTuple):
         return f"{self.mean:>+11.3g}{self.error:>10.2g}{self.ratio:>7.1f}"
 
 
-def paired(nll, other):
-    """The Difference nll - other, token by token."""
+def compare(nll, other):
+    """Return the Difference nll - other, token by token."""
     d = nll - other
     blocks = d[: len(d) // BLOCK * BLOCK].view(-1, BLOCK).mean(1)
     return Difference(d.mean().item(), blocks.std().item() / sqrt(len(blocks)), len(d))
+
+
+def list_rivals(head_dims, claimed):
+    """Return {question, a field of Hypothesis: its values}, with those that a source claims."""
+    return {
+        "rope_layout": ("half-split", "interleaved"),
+        "head_dim": head_dims,
+        "kv_grouping": ("repeated", "tiled"),
+        "gate": ("gate_proj", "up_proj"),
+        "hidden_act": tuple(ACTIVATIONS),
+        "norm_order": ("as named", "swapped"),
+        "rope_theta": sorted({*THETAS, *(claim["rope_theta"] for claim in claimed)}),
+        "rms_norm_eps": sorted({*EPSILONS, *(claim["rms_norm_eps"] for claim in claimed)}),
+    }
 
 
 def search(reader, hypothesis, rivals, tokens, far):
@@ -272,7 +248,7 @@ def search(reader, hypothesis, rivals, tokens, far):
                     continue
                 rival = hypothesis._replace(**{question: value})
                 for n in lengths:
-                    difference = paired(reader.nll(rival, n), reader.nll(hypothesis, n))
+                    difference = compare(reader.nll(rival, n), reader.nll(hypothesis, n))
                     if difference.worse or abs(difference.mean) + 2 * difference.error < FLOOR:
                         break
                 verdict = "ruled out" if difference.worse else "better" if difference.better else "not told apart"
@@ -298,7 +274,7 @@ def read_onward(reader, hypothesis, tokens, context):
     for start in range(tokens, context - step + 1, step):
         stop = start + step
         nll = reader.nll(hypothesis, context)[start:stop]
-        difference = paired(nll, reader.read(hypothesis, start - step, stop)[step:])
+        difference = compare(nll, reader.read(hypothesis, start - step, stop)[step:])
         lost = difference.worse and difference.mean > LOSS
         verdict = "loss" if lost else "more context helps" if difference.better else "no loss"
         print(f"{start:>6,} to {stop:>6,} {nll.mean():>9.4f} {difference.row()}  {verdict}", flush=True)
@@ -311,28 +287,28 @@ def read_onward(reader, hypothesis, tokens, context):
 # 3. The findings, and the claims of public sources
 
 
-def public_sources(release, is_135m):
-    """{source: its claims, or None if it has none here}. The release's own source comes first."""
-    own = claims(read_config(release.path), release.path)
-    if is_gguf(release.path):
-        said = {"GGUF header": own, "config.json": None, "training YAML": None}
-    else:
-        said = {"config.json": own, "GGUF header": None, "training YAML": None}
+def public_sources(source, is_135m):
+    """Return {source: its claims, or None if it has none here}. The weights' own source comes first."""
+    names = ("GGUF header", "config.json") if source.is_gguf else ("config.json", "GGUF header")
+    sources = {names[0]: claims(source.config), names[1]: None, "training YAML": None}
     if is_135m:
-        said["training YAML"] = claims(TRAINING_YAML, "the training YAML")
-        if said["GGUF header"] is None and wheel_gguf():
-            said["GGUF header"] = claims(read_config(find_release("wheel").path), "the wheel")
-    return said
+        sources["training YAML"] = claims(config_from_json(TRAINING_YAML))
+        if not source.is_gguf and wheel_gguf():
+            sources["GGUF header"] = claims(find_weights("wheel").config)
+    return sources
 
 
-def claims(config, where):
-    """{parameter: value} according to a config.json, a dict. `where` names it in an error."""
-    try:
-        said = read_settings(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        sys.exit(f"error: the config of {where} describes no network: {type(error).__name__}: {error}")
-    layout = "interleaved" if said["rope_interleaved"] else "half-split"
-    return said | dict(rope_layout=layout, kv_grouping="repeated", gate="gate_proj", norm_order="as named")
+def claims(config):
+    """Return {parameter: value} according to a ModelConfig, and what model.py does whatever its settings."""
+    return asdict(config) | dict(
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_layout="half-split",
+        kv_grouping="repeated",
+        gate="gate_proj",
+        hidden_act="silu",
+        norm_order="as named",
+    )
 
 
 class Finding(NamedTuple):
@@ -345,17 +321,17 @@ class Finding(NamedTuple):
 
 
 def decide(name, value, remaining, evidence, sources):
-    """The Finding `value`; but if several values remain and a source names one of them, that one."""
-    for source, said in sources.items():
-        if len(remaining) > 1 and said and said[name] in remaining:
-            return Finding(said[name], remaining, evidence, source)
+    """Return the Finding `value`; but if several values remain and a source names one of them, that one."""
+    for source, claim in sources.items():
+        if len(remaining) > 1 and claim and claim[name] in remaining:
+            return Finding(claim[name], remaining, evidence, source)
     return Finding(value, remaining, evidence)
 
 
 def from_shapes(shapes):
-    """{parameter: Finding} from names and shapes."""
+    """Return {parameter: Finding} from names and shapes."""
     V, C, layers, intermediate, *_ = shapes
-    told = {
+    values = {
         "vocab_size": (V, f"embed_tokens [{V}, {C}]"),
         "hidden_size": (C, f"embed_tokens [{V}, {C}]"),
         "num_hidden_layers": (layers, f"model.layers.0 to {layers - 1}"),
@@ -363,11 +339,11 @@ def from_shapes(shapes):
         "attention_bias": (False, "no tensor is named bias"),
         "tie_word_embeddings": (True, "no other head than embed_tokens"),
     }
-    return {name: Finding(value, (value,), evidence) for name, (value, evidence) in told.items()}
+    return {name: Finding(value, (value,), evidence) for name, (value, evidence) in values.items()}
 
 
 def from_behaviour(shapes, hypothesis, differences, sources):
-    """{parameter: Finding} from the search's result."""
+    """Return {parameter: Finding} from the search's result."""
     findings = {}
     for name, rivals in differences.items():
         value, out = getattr(hypothesis, name), {rival: d for rival, d in rivals.items() if d.worse}
@@ -384,7 +360,7 @@ def from_behaviour(shapes, hypothesis, differences, sources):
 
 
 def from_reading_on(reach, limit, sources):
-    """The Finding of the context, from what read_onward returns."""
+    """Return the Finding of the context, from what read_onward returns."""
     evidence = f"reads {reach:,} tokens without loss" + (f", but not {limit:,}" if limit else "")
     return decide("max_position_embeddings", reach, range(int(reach / BEYOND), limit or sys.maxsize), evidence, sources)
 
@@ -415,43 +391,43 @@ def print_table(findings, sources):
             print(f"{name}: the evidence leaves {show(finding.remaining)}; the {finding.decided_by} decides")
 
 
-def conflicts(findings, sources, differences):
-    """{source: [a line for each of its claims that the evidence rules out]}, without sources that have none."""
+def list_conflicts(findings, sources, differences):
+    """Return {source: [a line for each of its claims that the evidence rules out]}, without sources that have none."""
     lines = {}
-    for source, said in sources.items():
+    for source, claim in sources.items():
         for name, finding in findings.items():
-            if said and said[name] not in finding.remaining:
-                margin = differences.get(name, {}).get(said[name])
-                reason = f"under {show(said[name])}, {margin}" if margin else finding.evidence
-                line = f"* {name}: the {source} says {show(said[name])}, the weights {show(finding.value)}: {reason}"
+            if claim and claim[name] not in finding.remaining:
+                margin = differences.get(name, {}).get(claim[name])
+                reason = f"under {show(claim[name])}, {margin}" if margin else finding.evidence
+                line = f"* {name}: the {source} says {show(claim[name])}, the weights {show(finding.value)}: {reason}"
                 lines.setdefault(source, []).append(line)
     return lines
 
 
 def base_config(findings):
-    """The fields of base's config.json, in its order, from the findings."""
-    found = {name: finding.value for name, finding in findings.items()}
-    config = ModelConfig(**{name: found[name] for name in asdict(ModelConfig()) if name in found})
+    """Return the fields of base's config.json, in its order, from the findings."""
+    values = {name: finding.value for name, finding in findings.items()}
+    config = ModelConfig(**{name: values[name] for name in asdict(ModelConfig()) if name in values})
     fields = config_to_json(config, **FROM_YAML, **FROM_TRANSFORMERS)
-    fields |= {name: found[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
-    fields |= {"rope_interleaved": found["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
+    fields |= {name: values[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
+    fields |= {"rope_interleaved": values["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
     del fields["head_dim"]  # which the file does not have
     return dict(sorted(fields.items()))
 
 
 def prove(findings, sources, path):
-    """Write config.json and print where each field comes from. True if it is the official file."""
+    """Write config.json and print where each field comes from. Return True if it is the official file."""
     fields = base_config(findings)
     content = (json.dumps(fields, indent=2) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         file.write(content)
-    told = findings | {"rope_interleaved": findings["rope_layout"]}
-    found = [name for name in fields if name in told]
-    others = [name for name in fields if name not in told | FROM_YAML]
+    evidence = findings | {"rope_interleaved": findings["rope_layout"]}
+    decided = {name: evidence[name].decided_by for name in fields if name in evidence}
+    others = [name for name in fields if name not in evidence | FROM_YAML]
     print("\n3. Proof: the base release's config.json, written from\n")
-    print("evidence alone      ", ", ".join(name for name in found if not told[name].decided_by))
-    print("evidence and source ", ", ".join(name for name in found if told[name].decided_by))
+    print("evidence alone      ", ", ".join(name for name in decided if not decided[name]))
+    print("evidence and source ", ", ".join(name for name in decided if decided[name]))
     print("taken as known      ", f"{', '.join(FROM_YAML)}: from the training YAML")
     print("                    ", f"{', '.join(others)}: as transformers writes them")
     digest = hashlib.sha256(content).hexdigest()
@@ -459,21 +435,21 @@ def prove(findings, sources, path):
     print(f"\n{path}: {len(content)} bytes, sha256 {digest},")
     print("which is the official file's" if same else f"but the official file's is {CONFIG_SHA256}")
     if same and sources["config.json"] is None:  # the hash proves what the official file says
-        sources["config.json"] = claims(fields, path)
+        sources["config.json"] = claims(config_from_json(fields))
     return same
 
 
 def draw(reader, hypothesis, sources, tokens, context, path):
     """Plot NLL by theta and NLL by position."""
     figure, (left, right) = new_picture(panels=2)
-    claimed = {source: said["rope_theta"] for source, said in sources.items() if said}
+    claimed = {source: claim["rope_theta"] for source, claim in sources.items() if claim}
     readings = {theta: reader.nll(hypothesis._replace(rope_theta=theta), context) for theta in claimed.values()}
     for rival, nll in reader.known.items():
         if rival == hypothesis._replace(rope_theta=rival.rope_theta):
             readings[rival.rope_theta] = nll
     for n, style, colour in ((tokens, "o-", BLUE), (context, "s--", ORANGE)):
         long_enough = {theta: nll[:n] for theta, nll in sorted(readings.items()) if len(nll) >= n}
-        curve = {theta: paired(nll, long_enough[hypothesis.rope_theta]) for theta, nll in long_enough.items()}
+        curve = {theta: compare(nll, long_enough[hypothesis.rope_theta]) for theta, nll in long_enough.items()}
         means, errors = [d.mean for d in curve.values()], [2 * d.error for d in curve.values()]
         left.errorbar([*curve], means, errors, fmt=style, color=colour, capsize=3, label=f"on the first {n:,} tokens")
     for theta in set(claimed.values()):
@@ -504,52 +480,42 @@ def draw(reader, hypothesis, sources, tokens, context, path):
 @torch.no_grad()
 @one_line_errors("close other programs, or give a shorter --context")
 def main(config):
-    tokens, context = config.tokens, config.context
-    if tokens < GLANCE or context < tokens:
-        reject(f"--tokens={tokens} --context={context}: give at least {GLANCE} tokens, and a context at least as long")
+    context = config.context
+    if context < TOKENS:
+        reject(f"--context={context}: give at least {TOKENS}, the length on which rivals are compared")
     torch.set_float32_matmul_precision("medium")  # faster on some CPUs; a few then multiply in bfloat16
-    release = find_release(config.official)
-    print(describe(release))
+    source = find_weights(config.init_from)
+    print(source.about)
 
-    tensors = without_head(release_tensors(release), release.path)
+    tensors = without_head(source.read(), source.path)
     tensor_shapes = {name: tuple(w.shape) for name, w in tensors.items()}
-    shapes = read_shapes(tensor_shapes, release.path)
+    shapes = read_shapes(tensor_shapes, source.path)
     is_135m = tensor_shapes == expected_shapes(PRESETS["135M"])
-    sources = public_sources(release, is_135m)
-    claimed = [said for said in sources.values() if said]
-    dims = head_dims(shapes, [said["head_dim"] for said in claimed])
-    hypothesis = Hypothesis(head_dim=64 if 64 in dims else dims[0])
+    sources = public_sources(source, is_135m)
+    claimed = [claim for claim in sources.values() if claim]
+    rivals = list_rivals(find_head_dims(shapes, [claim["head_dim"] for claim in claimed]), claimed)
+    hypothesis = Hypothesis(head_dim=64 if 64 in rivals["head_dim"] else rivals["head_dim"][0])
     initial = config_under(hypothesis, shapes, 1)
-    require_shapes(tensor_shapes, initial, release.path)
+    require_shapes(tensor_shapes, initial, source.path)
     findings = from_shapes(shapes)
     count = sum(w.numel() for w in tensors.values())
     print(f"\n1. Names and shapes: {len(tensors)} tensors, {count:,} values, no bias, no head but embed_tokens\n")
     print(parameter_table(initial))
 
-    print(f"\n2. Behaviour: {release.title} reads {context:,} tokens of Python {PYTHON}'s own documentation")
-    rivals = {
-        "rope_layout": ("half-split", "interleaved"),
-        "head_dim": dims,
-        "kv_grouping": ("repeated", "tiled"),
-        "gate": ("gate_proj", "up_proj"),
-        "hidden_act": tuple(ACTIVATIONS),
-        "norm_order": ("as named", "swapped"),
-        "rope_theta": sorted({*THETAS, *(said["rope_theta"] for said in claimed)}),
-        "rms_norm_eps": sorted({*EPSILONS, *(said["rms_norm_eps"] for said in claimed)}),
-    }
+    print(f"\n2. Behaviour: {source.title} reads {context:,} tokens of Python {PYTHON}'s own documentation")
     chance, reads = log(shapes.vocab_size), shapes.vocab_size >= VOCAB_SIZE
     if reads:
         tensors = {name: w.float() for name, w in tensors.items()}
-        reader = Reader(shapes, tensors, manual_ids(config))
+        reader = Reader(shapes, tensors, read_manual(source.tokenizer, context))
         reader.nll(hypothesis, context)  # read once at full length; shorter readings are its beginnings
         # Beyond the context of training, a larger theta has a lower NLL, whether it is the true one or not.
-        far = max(tokens, min(context, max(said["max_position_embeddings"] for said in claimed)))
-        hypothesis, differences = search(reader, hypothesis, rivals, tokens, far)
+        far = max(TOKENS, min(context, max(claim["max_position_embeddings"] for claim in claimed)))
+        hypothesis, differences = search(reader, hypothesis, rivals, TOKENS, far)
         nll = reader.nll(hypothesis, context).mean().item()
         print(f"the mean NLL of the network found is {nll:.4f} nats per token; chance is {chance:.4f}")
         reads = nll < chance - 1
     if reads:
-        reach, limit = read_onward(reader, hypothesis, tokens, context)
+        reach, limit = read_onward(reader, hypothesis, TOKENS, context)
         head = findings["tie_word_embeddings"]
         findings["tie_word_embeddings"] = head._replace(evidence=f"{head.evidence}, and it predicts the text")
     else:
@@ -566,14 +532,14 @@ def main(config):
     if is_135m:
         proven = prove(findings, sources, out_dir / "config.json")
     print_table(findings, sources)
-    wrong = conflicts(findings, sources, differences)
-    for lines in wrong.values():
+    conflicts = list_conflicts(findings, sources, differences)
+    for lines in conflicts.values():
         print(*lines, sep="\n")
     own = next(iter(sources))
-    print(f"\nthe release's own {own} {'contradicts' if own in wrong else 'agrees with'} the evidence")
+    print(f"\nthe release's own {own} {'contradicts' if own in conflicts else 'agrees with'} the evidence")
     if config.plot and reads:
-        draw(reader, hypothesis, sources, tokens, context, out_dir / "discover.png")
-    sys.exit(1 if own in wrong or (proven is False and release.asked in ("base", "wheel")) else 0)
+        draw(reader, hypothesis, sources, TOKENS, context, out_dir / "discover.png")
+    sys.exit(1 if own in conflicts or (proven is False and config.init_from in ("base", "wheel")) else 0)
 
 
 if __name__ == "__main__":

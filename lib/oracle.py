@@ -1,0 +1,75 @@
+"""
+Compare model.py with an independent implementation, and with models that are wrong in one respect.
+
+    oracle = build_oracle(config, tensors)                               # the same model in transformers
+    wrong = build_variant(config, tensors, rope_layout="interleaved")    # model.py with another RoPE
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+
+from lib.layouts import deinterleave, tile_heads
+from lib.weights import build, config_to_json
+
+NO_TRANSFORMERS = "no transformers: pip install transformers"
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def build_oracle(config, tensors=None, **settings):
+    """
+    Build transformers' LlamaForCausalLM for a ModelConfig: on the CPU, in fp32, with plain ("eager") attention. Return
+    None if transformers is not installed.
+
+    tensors   {name: tensor} under the release's names, without a head of its own; random weights by default
+    settings  of transformers' LlamaConfig, in place of these
+    """
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    settings = config_to_json(config) | dict(attn_implementation="eager") | settings
+    oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    if tensors is not None:
+        oracle.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    return oracle
+
+
+def build_variant(
+    config, tensors, rope_layout="half-split", kv_grouping="repeated", gate="gate_proj", hidden_act="silu",
+    norm_order="as named",
+):  # fmt: skip
+    """
+    Build model.py's model with details changed that the shapes of the tensors do not show. Reordering rows, heads or
+    matrices in the tensors is exactly the same as reordering them in the computation.
+
+    rope_layout  half-split: RoPE rotates the pairs (i, i + D/2); interleaved: (2i, 2i + 1)
+    kv_grouping  repeated: query head h uses KV head h // (H/K); tiled: h % K
+    gate         the matrix whose output goes through the activation: gate_proj or up_proj
+    hidden_act   silu, gelu or relu
+    norm_order   swapped: input_layernorm comes before the MLP
+    """
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    swaps = {}
+    if gate == "up_proj":
+        swaps |= {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    if norm_order == "swapped":
+        swaps |= {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"}
+    state = {}
+    for name, w in tensors.items():
+        *path, part, _ = name.split(".")
+        if rope_layout == "interleaved" and part in ("q_proj", "k_proj"):
+            w = deinterleave(w, D)
+        if kv_grouping == "tiled" and part in ("q_proj", "o_proj"):
+            w = tile_heads(w, 0 if part == "q_proj" else 1, H, K)
+        state[".".join((*path, swaps.get(part, part), "weight"))] = w
+    model = build(config, state)
+    if hidden_act != "silu":
+        for block in model.model.layers:
+            block.mlp.forward = partial(apply_mlp, block.mlp, ACTIVATIONS[hidden_act])
+    return model
+
+
+def apply_mlp(mlp, activation, x):
+    return mlp.down_proj(activation(mlp.gate_proj(x)) * mlp.up_proj(x))
