@@ -22,8 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from configurator import check_limits, configure
 from lib.machine import autocast, keep_memory, mfu, peak_memory, pick_matmul
 from lib.official import wheel_gguf
+from lib.oracle import build_oracle
 from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 from model import PRESETS, SmolLM2
 
@@ -83,13 +84,8 @@ def ours(whole=False):
 
 def peer():
     """The same network in transformers, as shipped: fp32, eager, scaled_dot_product_attention."""
-    import transformers
-
-    settings = asdict(NETWORK)
-    rope = dict(rope_type="default", rope_theta=settings.pop("rope_theta"))
-    settings |= dict(rope_parameters=rope, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    return build_oracle(NETWORK, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0).train()
 
 
 def parameters():

@@ -10,7 +10,9 @@ Nothing gets its final name before transformers has computed the same logits fro
 `hf upload org/name out/export`.
 """
 
+import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -25,10 +27,9 @@ from safetensors.torch import save_file
 
 from configurator import configure
 from lib.checkpoint import read_checkpoint
-from lib.errors import first_line, one_line_errors, reject, way_out
+from lib.errors import first_line, one_line_errors, reject, usable, way_out
 from lib.files import put_in_place, temporary
-from lib.log import read_log
-from lib.oracle import NO_TRANSFORMERS, build_oracle
+from lib.oracle import build_oracle
 from lib.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json
 from lib.weights import config_to_json, find_weights, load_network
 
@@ -53,23 +54,22 @@ def check_logits(path):
     End the program with one line if transformers computes other logits from the folder or .gguf than model.py does.
     Return a line to print.
     """
+    if importlib.util.find_spec("transformers") is None:
+        return "not compared with transformers, which is not installed: pip install transformers"
     model = load_network(find_weights(str(path)))
-    oracle = build_oracle(model.config, model.state_dict())
-    if oracle is None:
-        return f"logits not compared: {NO_TRANSFORMERS}"
-    if path.is_dir():  # transformers reads the folder itself (a GGUF it reads only with accelerate)
-        how = dict(dtype=torch.float32, attn_implementation="eager")
-        oracle, report = type(oracle).from_pretrained(path, output_loading_info=True, **how)
-        if names := [*report["missing_keys"], *report["unexpected_keys"]]:
-            sys.exit(f"error: transformers' Llama has other tensors ({names[0]}): model.py is no longer a Llama")
+    oracle, names = build_oracle(model.config, model.state_dict()), []
+    if path.is_dir():  # which transformers can read itself; a GGUF it reads only with accelerate
+        how = dict(dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        oracle, report = type(oracle).from_pretrained(path, **how)
+        names = [*report["missing_keys"], *report["unexpected_keys"]]
     T = min(64, model.config.max_position_embeddings)
     idx = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     expected = oracle(idx).logits
     error = ((model(idx) - expected).norm() / expected.norm()).item()
-    if not error < 1e-4:  # written so that NaN counts as wrong; equal models differ by about 1e-6
+    if names or not error < 1e-4:  # written so that NaN counts as wrong; equal models differ by about 1e-6
+        fault = f"has other tensors ({names[0]})" if names else f"computes other logits (relative error {error:.1e})"
         sys.exit(
-            f"error: transformers' Llama computes other logits from these weights (relative error {error:.1e}): "
-            "model.py is no longer a Llama"
+            f"error: transformers' Llama {fault} with these weights: model.py was changed, so export.py must be too"
         )
     return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
 
@@ -78,63 +78,32 @@ def name_tokens(source, tokenizer):
     """Return {"bos_token": "<|im_start|>", ...} for a source's special_ids. End the program if one is no token."""
     tokens = {i: token for token, i in tokenizer["model"]["vocab"].items()}
     tokens |= {added["id"]: added["content"] for added in tokenizer["added_tokens"]}
-    if max(tokens) >= source.config.vocab_size:
-        rows = f"{source.path} has a vocabulary of {source.config.vocab_size:,}"
-        sys.exit(f"error: {rows}, but its tokenizer has {max(tokens) + 1:,} tokens: it needs a smaller one")
     names = {"unk_token": tokens[END_OF_TEXT]}
-    for name, i in source.special_ids.items():
-        ids = i if isinstance(i, list) and i and name == "eos_token_id" else [i]  # several may end a text
-        if any(type(one) is not int or one not in tokens for one in ids):
-            sys.exit(f"error: {source.path} says {name} = {i!r}, which is no token: write a token's id there")
-        names[name.removesuffix("_id")] = tokens[ids[0]]
+    with usable(source.path, "its tokenizer and its special ids must fit its vocabulary"):
+        if max(tokens) >= source.config.vocab_size:
+            raise ValueError(f"its tokenizer has {max(tokens) + 1:,} tokens, its model {source.config.vocab_size:,}")
+        for name, i in source.special_ids.items():
+            ids = i if name == "eos_token_id" and isinstance(i, list) else [i]  # several may end a text
+            if any(type(one) is not int or one not in tokens for one in ids):
+                raise ValueError(f"{name} = {i!r} is no token")
+            names[name.removesuffix("_id")] = tokens[ids[0]]
     return names
 
 
 def describe(source, model, run, config):
-    """Return {label: value} about the weights and, for a checkpoint (else run is {}), the run that made them."""
-    settings = run.get("config", {})
-    rows = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "blocks": f"{model.config.num_hidden_layers} of {model.config.hidden_size}",
-        "context": f"{model.config.max_position_embeddings:,} tokens",
-        "weights": config.dtype,
-        "began as": settings.get("init_from", "unknown") if run else config.init_from,
-    }
-    if run:
-        rows |= {"trained on": settings.get("dataset", "unknown"), "iteration": f"{run['iter_num']:,}"}
-        for row in read_log(source.path.parent / "log.csv"):
-            if int(row["iter"]) == run["iter_num"] and row.get("val_loss"):
-                rows["val loss"] = f"{float(row['val_loss']):.4f} nats per token"
-    return rows
+    """Return {label: value} about the weights and, for a checkpoint (else run is {}), about the run that made them."""
+    rows = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "dtype": config.dtype}
+    if not run:
+        return rows | {"weights": source.title}
+    rows |= {"trained on": run["config"].get("dataset", "unknown text"), "iteration": f"{run['iter_num']:,}"}
+    best = run.get("best_val_loss", math.inf)
+    return rows | ({"best val loss": f"{best:.4f} nats per token"} if best < math.inf else {})
 
 
-def write_card(path, name, rows, chat, run):
-    """Write README.md: what the weights are, how to load them, how they were trained."""
-    table = "".join(f"| {label} | {value} |\n" for label, value in rows.items())
-    ids = 'tokenizer("The", return_tensors="pt")'
-    if chat:
-        ids = """tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)"""
-    text = f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {name}
-
-| | |
-|---|---|
-{table}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-ids = {ids}
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))
-```
-"""
+def write_card(path, name, rows, run):
+    """Write README.md: what the weights are, and how they were trained."""
+    text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n| | |\n|---|---|\n"
+    text += "".join(f"| {label} | {value} |\n" for label, value in rows.items())
     if run:
         local = ("out_dir", "data_dir", "overwrite")  # they say nothing about the weights
         settings = "\n".join(f"{name} = {value!r}" for name, value in run["config"].items() if name not in local)
@@ -192,7 +161,7 @@ def main(config):
             write_gguf(written, source.config, model.state_dict(), GGUF_TYPES[config.dtype], *chat, path.stem, about)
         else:
             write_folder(written, source, model, config.dtype, content, names)
-            write_card(written / "README.md", path.name, rows, source.chat_template, run)
+            write_card(written / "README.md", path.name, rows, run)
         compared = check_logits(written)
         for file in [written] if gguf else written.iterdir():
             with open(file, "rb+") as whole:

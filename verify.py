@@ -30,9 +30,9 @@ from configurator import configure, reject
 from lib.checkpoint import read_checkpoint
 from lib.gguf import read_gguf_types
 from lib.official import SHA256
-from lib.oracle import NO_TRANSFORMERS, build_oracle, build_variant
+from lib.oracle import build_oracle, build_variant
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
-from lib.weights import build, expected_shapes, find_weights, head_is_tied, load_network
+from lib.weights import bare, build, expected_shapes, find_weights, load_network
 from model import KVCache
 
 
@@ -126,22 +126,11 @@ class Checklist:
 # Models and text
 
 
-class Weights(NamedTuple):
-    """The tensors of a source, as its files store them."""
-
-    tensors: dict  # name: tensor, in the file's dtype (fp32 from a GGUF)
-    types: dict  # name: storage type: F32, BF16, Q4_1, ...
-    is_gguf: bool  # a GGUF may mix types
-
-
-def read_as_stored(source):
-    """Read the Weights of a Source."""
-    tensors = source.read()
+def read_types(source, tensors):
+    """Return {name: storage type: F32, BF16, Q4_1, ...} of a source's tensors."""
     if source.is_gguf:
-        types = dict(zip(tensors, read_gguf_types(source.path), strict=True))
-    else:
-        types = {name: TYPE_NAMES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
-    return Weights(tensors, types, source.is_gguf)
+        return dict(zip(tensors, read_gguf_types(source.path), strict=True))
+    return {name: TYPE_NAMES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def choose_text(config, tokens):
@@ -189,10 +178,9 @@ def largest_difference(logits, reference):
 # The rows
 
 
-def check_tensors(checklist, config, weights, is_135m):
+def check_tensors(checklist, source, tensors, types, is_135m):
     """Compare names, shapes, types and counts of a source's tensors with its config. Return True if they would load."""
-    tensors = weights.tensors
-    expected = expected_shapes(config)
+    config, expected = source.config, expected_shapes(source.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "lm_head.weight"}
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected]
@@ -205,12 +193,12 @@ def check_tensors(checklist, config, weights, is_135m):
     notes = [f"{name} is {list(shapes[name])}, not {list(expected[name])}" for name in misshapen]
     checklist.row("their shapes", not notes, f"{present - len(notes)} of {present} as config says", "all", notes[:5])
 
-    tally = Counter(weights.types.values()).most_common()
+    tally = Counter(types.values()).most_common()
     known = [kind for kind, _ in tally if kind in TOLERANCES]
-    allowed = known if weights.is_gguf else known[:1]
-    notes = [f"{name} is {kind}" for name, kind in weights.types.items() if kind not in allowed]
-    ok = None if notes and weights.is_gguf else not notes  # how an unknown type of GGUF rounds cannot be judged
-    bound = "types known here" if weights.is_gguf else "one float type"
+    allowed = known if source.is_gguf else known[:1]  # a GGUF may mix types
+    notes = [f"{name} is {kind}" for name, kind in types.items() if kind not in allowed]
+    ok = None if notes and source.is_gguf else not notes  # how an unknown type of GGUF rounds cannot be judged
+    bound = "types known here" if source.is_gguf else "one float type"
     checklist.row("their types", ok, ", ".join(f"{n} {kind}" for kind, n in tally), bound, notes[:5])
 
     parts = {part: next(s for n, s in expected.items() if n.endswith(f".{part}.weight")) for part in SHAPES_135M}
@@ -227,14 +215,14 @@ def check_tensors(checklist, config, weights, is_135m):
         checklist.row(part, stored == [shape], ", ".join(str(list(s)) for s in stored) + unit, f"{list(shape)}")
     biases = [name for name in shapes if name.endswith("bias")]
     checklist.row("biases", not biases, f"{len(biases)}", "none", biases[:5])
-    tied = head_is_tied(tensors)
-    measured = "lm_head equals embed_tokens" if tied else "lm_head.weight differs"
-    measured = measured if "lm_head.weight" in tensors else "no lm_head"
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    tied = head is None or (embedding is not None and torch.equal(head, embedding))
+    measured = "no lm_head" if head is None else "lm_head equals embed_tokens" if tied else "lm_head.weight differs"
     checklist.row("the head is tied", tied, measured, "no other head")
     return not missing + extra + misshapen
 
 
-def check_files(checklist, source, weights, model):
+def check_files(checklist, source, tensors, model):
     """Check the hashes of the files, and compare the model's values with theirs bit for bit."""
     for name, (digest, pinned) in source.files.items():
         if pinned:
@@ -242,25 +230,25 @@ def check_files(checklist, source, weights, model):
         else:
             checklist.skip(f"sha256 of {name}", f"{digest[:16]}..., no hash is pinned")
     files = [source.path / name for name in source.files if name.endswith(".safetensors")]
-    if not files:
-        kind = "a quantised .gguf" if source.is_gguf else "a file of torch.save"
+    if not files or (source.path / "adapter_config.json").exists():
+        kind = "a quantized .gguf" if source.is_gguf else f"{source.title}"
         checklist.skip("every value, bit for bit", f"{kind}, not the release's safetensors")
         return
     loaded, same = model.state_dict(), []
     for file in files:
-        for name, values in raw_tensors(file):
+        for name, values in read_raw(file):
             mine = loaded["model.embed_tokens.weight" if name == "lm_head.weight" else name]
             if torch.equal(mine.view(torch.int32), values.view(torch.int32)):
                 same.append(name)
-    wrong = [name for name in weights.tensors if name not in same]
-    measured = f"{len(same)} of {len(weights.tensors)} tensors"
+    wrong = [name for name in tensors if name not in same]
+    measured = f"{len(same)} of {len(tensors)} tensors"
     checklist.row("every value, bit for bit", not wrong, measured, "all", wrong[:5])
 
 
-def raw_tensors(path):
+def read_raw(path):
     """
-    Yield (name, values in fp32) from a safetensors file. This reads the published layout without the library: the
-    length of the header (8 bytes, little-endian), the header (JSON), the values.
+    Yield (name in model.py, values in fp32) from a safetensors file. This reads the published layout without the
+    library: the length of the header (8 bytes, little-endian), the header (JSON), the values.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
         start = 8 + int.from_bytes(content[:8], "little")
@@ -268,21 +256,24 @@ def raw_tensors(path):
             dtype = next((dtype for dtype, kind in TYPE_NAMES.items() if kind == entry.get("dtype")), None)
             if dtype is not None:
                 begin, end = (start + offset for offset in entry["data_offsets"])
-                yield name, torch.frombuffer(bytearray(content[begin:end]), dtype=dtype).view(entry["shape"]).float()
+                yield (
+                    bare(name),
+                    torch.frombuffer(bytearray(content[begin:end]), dtype=dtype).view(entry["shape"]).float(),
+                )
 
 
-def check_values(checklist, reference, copy):
+def check_values(checklist, reference, copy, types):
     """
-    Check that every value of the copy is within the rounding of its type. reference: {name: fp32 tensor}.
+    Check that every value of the copy is within the rounding of its type. reference, copy: {name: tensor}.
     Return the largest error, in units of that rounding.
     """
-    common = [name for name in reference if name in copy.tensors and copy.tensors[name].shape == reference[name].shape]
+    common = [name for name in reference if name in copy and copy[name].shape == reference[name].shape]
     wrong, worst = [], 0.0
     for name in common:
-        kind = copy.types[name] if copy.types[name] in TOLERANCES else "F32"  # an int has no rounding to excuse it
+        kind = types[name] if types[name] in TOLERANCES else "F32"  # an int has no rounding to excuse it
         block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]  # number of values that share a scale
         expected = reference[name].reshape(-1, block)
-        error = copy.tensors[name].float().reshape(expected.shape) - expected
+        error = copy[name].float().reshape(expected.shape) - expected
         allowed = TOLERANCES[kind].value * expected.abs().amax(1, keepdim=True)
         allowed += 2**-25 * (kind == "F16")  # F16 has a smallest step, which it uses below 6e-5
         ratio = (error.abs() / allowed).masked_fill(error == 0, 0.0)  # where both are 0, there is no error
@@ -291,9 +282,9 @@ def check_values(checklist, reference, copy):
             wrong.append(f"{name}: {bad:,} of {error.numel():,} values, off by {error.norm() / expected.norm():.0e}")
         worst = max(worst, ratio.nan_to_num(torch.inf).max().item())
     notes = wrong[:5] + ([f"and {len(wrong) - 5} more tensors"] if len(wrong) > 5 else [])
-    types = ", ".join(dict.fromkeys(copy.types[name] for name in common))
+    kinds = ", ".join(dict.fromkeys(types[name] for name in common))
     measured = f"worst {worst:.2g} x its rounding"
-    checklist.row(f"every value, as {types} rounds it", not wrong and bool(common), measured, "within 1", notes)
+    checklist.row(f"every value, as {kinds} rounds it", not wrong and bool(common), measured, "within 1", notes)
     return worst
 
 
@@ -328,14 +319,11 @@ def check_decoding(checklist, source, model, oracle, idx, logits):
     T = min(512, idx.shape[1])
     n = min(16, max(1, T // 16), model.config.max_position_embeddings - 3)
     ids = [new.item() for new in model.generate(prompt, n, temperature=0)]
-    if oracle is None:
-        checklist.skip(f"greedy text, {n} tokens", NO_TRANSFORMERS)
-    else:
-        expected = prompt
-        for _ in range(n):  # without a cache, each token is computed from all earlier ones
-            expected = torch.cat((expected, oracle(expected).logits[:, -1:].argmax(-1)), dim=1)
-        same = next((i for i, (a, b) in enumerate(zip(ids, expected[0, 3:], strict=True)) if a != b), n)
-        checklist.row(f"greedy text, {n} tokens", same == n, f"the first {same} are the same", "all")
+    expected = prompt
+    for _ in range(n):  # without a cache, each token is computed from all earlier ones
+        expected = torch.cat((expected, oracle(expected).logits[:, -1:].argmax(-1)), dim=1)
+    same = next((i for i, (a, b) in enumerate(zip(ids, expected[0, 3:], strict=True)) if a != b), n)
+    checklist.row(f"greedy text, {n} tokens", same == n, f"the first {same} are the same", "all")
     name = f"greedy ids after {PROMPT}"
     if BASE_SHA256 in (digest for digest, _ in source.files.values()):
         checklist.row(name, ids[:2] == CONTINUATION, f"{ids[:2]}", f"{CONTINUATION}")
@@ -404,37 +392,30 @@ def check_training_state(checklist, path):
 def verify_model(checklist, source, is_135m, tokens):
     """Check model.py with the source's weights."""
     model = load_network(source)  # strict: it ends the program if the weights do not fit
-    weights = read_as_stored(source)
+    tensors = source.read()
     checklist.heading("The files")
-    check_files(checklist, source, weights, model)
+    check_files(checklist, source, tensors, model)
     if source.source == "checkpoint":
         check_training_state(checklist, source.path)
     checklist.heading("The tensors")
-    check_tensors(checklist, model.config, weights, is_135m)
+    check_tensors(checklist, source, tensors, read_types(source, tensors), is_135m)
     count = len(model.state_dict())
     checklist.row("strict load into model.py", True, f"{count} of {count} tensors", "all, and no other")
 
-    idx, text = choose_text(model.config, tokens)
-    oracle = build_oracle(model.config, weights.tensors)
-    del weights  # frees half a gigabyte
-    checklist.heading(f"model.py against {'transformers' if oracle else 'itself'}, in fp32", f"on {text}")
-    mine = trace(model, idx)
-    nll, chance, name = mean_nll(mine[1], idx), log(model.config.vocab_size), "mean NLL of the text, nats per token"
+    idx, text = choose_text(source.config, tokens)
+    oracle = build_oracle(source.config, tensors)
+    del tensors  # frees half a gigabyte
+    checklist.heading("model.py against transformers, in fp32", f"on {text}")
+    mine, reference = trace(model, idx), trace(oracle, idx)
+    nll, chance, name = mean_nll(mine[1], idx), log(source.config.vocab_size), "mean NLL of the text, nats per token"
     if any(pinned for _, pinned in source.files.values()):
         checklist.row(name, nll <= 3.5, f"{nll:.4f} (chance: {chance:.2f})", "below 3.5")
     else:
         checklist.skip(name, f"{nll:.4f} (chance: {chance:.2f}); unknown weights")
-    if oracle is None:
-        expected = mine[1]
-        for name in ("hidden states", "logits", "argmax token", "mean NLL"):
-            checklist.skip(name, NO_TRANSFORMERS)
-    else:
-        reference = trace(oracle, idx)
-        expected = reference[1]
-        check_model(checklist, mine, reference, idx, EXACT)
-        del reference
+    check_model(checklist, mine, reference, idx, EXACT)
     check_decoding(checklist, source, model, oracle, idx, mine[1])
-    del oracle, mine
+    expected = reference[1]
+    del oracle, mine, reference
 
     checklist.heading(f"Negative controls: each must miss the tolerance of the logits by a factor of {MARGIN}")
     check_controls(checklist, model, idx, expected)
@@ -442,36 +423,34 @@ def verify_model(checklist, source, is_135m, tokens):
 
 def verify_copy(checklist, source, reference, is_135m, tokens):
     """Check a copy (source) of the reference's weights, in model.py. source, reference: a Source each."""
-    copy = read_as_stored(source)
-    model = load_network(reference)
-    tensors = model.state_dict()
+    tensors = source.read()
+    types = read_types(source, tensors)
     checklist.heading("The tensors of the copy")
-    fits = check_tensors(checklist, source.config, copy, is_135m)
-    settings, expected = asdict(source.config), asdict(model.config)
+    fits = check_tensors(checklist, source, tensors, types, is_135m)
+    settings, expected = asdict(source.config), asdict(reference.config)
     del settings["initializer_range"]  # only matters before training
     notes = [f"{n} is {settings[n]}, not {expected[n]}" for n in settings if settings[n] != expected[n]]
     measured = f"{len(settings) - len(notes)} of {len(settings)} settings"
     checklist.row("its config", not notes, measured, "all", notes)
-    unknown = sorted(set(copy.types.values()) - TOLERANCES.keys()) if copy.is_gguf else []
+    unknown = sorted(set(types.values()) - TOLERANCES.keys()) if source.is_gguf else []
     if unknown:
         checklist.skip("values, hidden states, logits, NLL", f"the rounding of {', '.join(unknown)} is not known here")
         return
-    rounding = check_values(checklist, tensors, copy)
+    state = load_network(reference).state_dict()  # in fp32
+    rounding = check_values(checklist, state, tensors, types)
 
-    idx, text = choose_text(model.config, tokens)
-    oracle = build_oracle(model.config, tensors)
-    library = "transformers" if oracle else "model.py"
-    checklist.heading(f"The copy in model.py against the reference in {library}, in fp32", f"on {text}")
-    loadable = {name: tensor for name, tensor in copy.tensors.items() if name != "lm_head.weight"}
-    fits = fits and {n: t.shape for n, t in loadable.items()} == {n: t.shape for n, t in tensors.items()}
+    idx, text = choose_text(reference.config, tokens)
+    checklist.heading("The copy in model.py against the reference in transformers, in fp32", f"on {text}")
+    loadable = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    fits = fits and {n: t.shape for n, t in loadable.items()} == {n: t.shape for n, t in state.items()}
     if not fits or source.config.max_position_embeddings < idx.shape[1]:
         checklist.skip("hidden states, logits, NLL", "the copy's tensors do not fit the network")
         return
-    kinds = set(copy.types.values()) & TOLERANCES.keys() if rounding > 0 else set()
+    kinds = set(types.values()) & TOLERANCES.keys() if rounding > 0 else set()
     tolerance = max((TOLERANCES[kind] for kind in kinds), key=lambda t: t.hidden, default=EXACT)  # the coarsest counts
-    reference = trace(oracle or model, idx)
-    del oracle, model, tensors
-    check_model(checklist, trace(build(source.config, loadable), idx), reference, idx, tolerance)
+    expected = trace(build_oracle(reference.config, state), idx)
+    del state
+    check_model(checklist, trace(build(source.config, loadable), idx), expected, idx, tolerance)
 
 
 @torch.no_grad()

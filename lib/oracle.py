@@ -5,6 +5,7 @@ Compare model.py with an independent implementation, and with models that are wr
     wrong = build_variant(config, tensors, rope_layout="interleaved")    # model.py with another RoPE
 """
 
+import sys
 from functools import partial
 
 import torch.nn.functional as F
@@ -12,22 +13,20 @@ import torch.nn.functional as F
 from lib.layouts import deinterleave, tile_heads
 from lib.weights import build, config_to_json
 
-NO_TRANSFORMERS = "no transformers: pip install transformers"
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 def build_oracle(config, tensors=None, **settings):
     """
-    Build transformers' LlamaForCausalLM for a ModelConfig: on the CPU, in fp32, with plain ("eager") attention. Return
-    None if transformers is not installed.
+    Build transformers' LlamaForCausalLM for a ModelConfig: on the CPU, in fp32, with plain ("eager") attention.
 
-    tensors   {name: tensor} under the release's names, without a head of its own; random weights by default
+    tensors   {name: tensor} under the release's names; random weights by default
     settings  of transformers' LlamaConfig, in place of these
     """
     try:
         import transformers
     except ImportError:
-        return None
+        sys.exit("error: model.py is compared with transformers, which is not installed: pip install transformers")
     transformers.logging.set_verbosity_error()
     settings = config_to_json(config) | dict(attn_implementation="eager") | settings
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
@@ -47,7 +46,6 @@ def build_variant(
     rope_layout  half-split: RoPE rotates the pairs (i, i + D/2); interleaved: (2i, 2i + 1)
     kv_grouping  repeated: query head h uses KV head h // (H/K); tiled: h % K
     gate         the matrix whose output goes through the activation: gate_proj or up_proj
-    hidden_act   silu, gelu or relu
     norm_order   swapped: input_layernorm comes before the MLP
     """
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -67,9 +65,9 @@ def build_variant(
     model = build(config, state)
     if hidden_act != "silu":
         for block in model.model.layers:
-            block.mlp.forward = partial(apply_mlp, block.mlp, ACTIVATIONS[hidden_act])
+            block.mlp.forward = partial(run_mlp, block.mlp, ACTIVATIONS[hidden_act])
     return model
 
 
-def apply_mlp(mlp, activation, x):
+def run_mlp(mlp, activation, x):
     return mlp.down_proj(activation(mlp.gate_proj(x)) * mlp.up_proj(x))
