@@ -231,7 +231,7 @@ def check_files(checklist, source, tensors, model):
             checklist.skip(f"sha256 of {name}", f"{digest[:16]}..., no hash is pinned")
     files = [source.path / name for name in source.files if name.endswith(".safetensors")]
     if not files or (source.path / "adapter_config.json").exists():
-        kind = "a quantized .gguf" if source.is_gguf else f"{source.title}"
+        kind = "a quantized .gguf" if source.is_gguf else "a .pt or adapter"
         checklist.skip("every value, bit for bit", f"{kind}, not the release's safetensors")
         return
     loaded, same = model.state_dict(), []
