@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import check_limits, configure
+from lib.batches import ratio
 from lib.dataset import open_data
 from lib.errors import one_line_errors
 from lib.files import written_whole

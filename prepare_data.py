@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 from configurator import configure, reject
 from lib.conversations import conversation_table, encode_conversations, packed, with_answers, write_rows
+from lib.dataset import read_tokenized
 from lib.errors import one_line_errors, usable
 from lib.files import owned_folder, put_in_place, sha256_of, written_whole
 from lib.python_chat import python_chat
 from lib.text import CHUNK, PLAIN, ROWS, conversation, decompressed_name, documents, find_files, suffix_of
-from lib.tokenized import read_tokenized
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 

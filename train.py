@@ -250,7 +250,6 @@ def train(config):
     keep_memory(not config.shard)
     train_data, val_data, meta = open_data(config.dataset, config.vocab_size, config.block_size, config.data_dir)
     data_sha256 = {split: meta[split]["sha256"] + meta[split].get("mask_sha256", "") for split in ("train", "val")}
-    tokenizer = dict(official=meta.get("tokenizer", "base"), sha256=meta.get("tokenizer_sha256"))
 
     # ---- State: model, optimizer, scheduler, iter_num, best_val_loss. This is all that a run is.
     iter_num, best_val_loss = 0, math.inf
@@ -271,18 +270,18 @@ def train(config):
         config = replace(config, init_from=saved["init_from"])  # keep on record how the run began
         model = build_model(config, device, source=None)
         optimizer, scheduler = build_optimizer(model, config)
-        with usable(ckpt_path, "take an earlier copy, or train from scratch"):
+        with usable(ckpt_path, "take an earlier copy, or train again"):
             parts = to_parts(checkpoint, model, optimizer)
             model.load_state_dict(parts["model"])
             load_optimizer(optimizer, scheduler, parts, config)
-        tokenizer["chat"] = checkpoint["tokenizer"]["chat"]
+        chat = checkpoint["chat"]
         say(resuming(ckpt_path, checkpoint, config.max_iters, differences(saved, asdict(config)), machine))
         del parts  # a second set of weights and moments need not stay in memory
     else:
         refuse_earlier_run(out_dir, config.overwrite)
         source = None if config.init_from == "scratch" else find_weights(config.init_from)
         say(source.about if source else f"a new network, from seed {config.seed}")
-        tokenizer["chat"] = "block_size" in meta or bool(source and source.chat_template)  # how exports end a text
+        chat = "block_size" in meta or bool(source and source.chat_template)  # how an exported model ends a text
         model = build_model(config, device, source)
         optimizer, scheduler = build_optimizer(model, config)
     resumed, checkpoint = checkpoint is not None, None
@@ -332,7 +331,7 @@ def train(config):
             dist.all_reduce(sums)
         return ratio(*sums[:, : config.eval_iters].cpu().double().numpy())
 
-    encoding = load_tokenizer(tokenizer["official"], tokenizer["sha256"]) if config.sample_interval else None
+    encoding = load_tokenizer() if config.sample_interval else None
     prompt = encode(encoding, config.sample_prompt) or [END_OF_TEXT] if encoding else []
     if len(prompt) > config.max_position_embeddings:
         sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
@@ -348,7 +347,7 @@ def train(config):
 
     def save(name, **state):
         state = dict(model=model.state_dict(), iter_num=iter_num, best_val_loss=best_val_loss) | state
-        state |= dict(config=asdict(config), data=data_sha256, tokenizer=tokenizer, machine=machine)
+        state |= dict(config=asdict(config), data=data_sha256, chat=chat, machine=machine)
         state = to_whole(state)  # in all processes together
         if rank == 0:
             log.sync()

@@ -10,8 +10,7 @@ Its keys:
     best_val_loss                 lowest validation loss so far
     config                        every setting, resolved, by name
     data                          sha256 of train.bin and val.bin
-    tokenizer                     which tokenizer made them; chat: whether the model was trained on conversations, so
-                                  that a text ends with <|im_end|>
+    chat                          whether the model was trained on conversations, so that a text ends with <|im_end|>
     machine                       matmul precision, number of threads and of processes: the last bits depend on them
     version                       of this layout
 best.pt (train.py --save_best=True) has no optimizer and no scheduler: weights to use, not a run to resume.
@@ -26,11 +25,10 @@ import torch
 
 from lib.errors import first_line, usable, way_out
 from lib.files import written_whole
-from lib.formats import first_bytes, is_torch, stand_in
 
 VERSION = 2  # 1 had checksums of its own
-HINT = "take an earlier copy, or train from scratch"
-WEIGHTS = {"model", "iter_num", "config", "best_val_loss", "data", "tokenizer", "machine"}  # of every checkpoint
+HINT = "take an earlier copy, or train again"
+WEIGHTS = {"model", "iter_num", "config", "best_val_loss", "data", "chat", "machine"}  # of every checkpoint
 RUN = WEIGHTS | {"optimizer", "scheduler"}  # what a resume needs
 
 
@@ -42,11 +40,8 @@ def read_checkpoint(path, mmap=False, resume=True):
     """
     if not os.path.isfile(path):
         sys.exit(f"error: there is no checkpoint {path}: train first, or give the --out_dir of a run that saved one")
+    checkpoint = load_saved(path, mmap)
     with usable(path, HINT):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError:  # torch's message advises to run the file
-            raise ValueError("it is damaged, or holds more than tensors and plain values and could run code") from None
         missing = (RUN if resume else WEIGHTS) - checkpoint.keys()
         if missing and missing <= RUN - WEIGHTS:
             sys.exit(f"error: {path} has no optimizer: begin a new run with its weights, --init_from={path}")
@@ -57,6 +52,15 @@ def read_checkpoint(path, mmap=False, resume=True):
     if not mmap:
         check_crc(path)
     return checkpoint
+
+
+def load_saved(path, mmap=True):
+    """Return what is in a torch.save file, on the CPU. No code that the file may hold is run."""
+    with usable(path, HINT):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError:  # torch's message advises to run the file
+            raise ValueError("it is damaged, or holds more than tensors and plain values and could run code") from None
 
 
 def check_crc(path):
@@ -92,31 +96,3 @@ def remove_earlier_run(out_dir):
     """Remove the files of an earlier run, because a new one begins."""
     for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"):
         (out_dir / name).unlink(missing_ok=True)
-
-
-def load_saved(path, mmap, what, way_out):
-    """
-    What torch.save wrote to `path`, on the CPU. No code in it is run. mmap as in read_checkpoint. Ends the program with
-    one line if the file is not a whole `what`.
-    """
-    try:
-        mmap = mmap and first_bytes(path, 2) == b"PK"  # torch.save's older format cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
-    except Exception as error:  # torch.load has many ways to say that a file is truncated, corrupt or hostile
-        reason = first_line(error)
-        if found := stand_in(path):
-            sys.exit(f"error: {path} is not a whole {what}, but {found}")
-        if "weights only" in str(error).lower() or "weights_only" in str(error):
-            reason = "it holds more than tensors and plain values, and such a file could run code"
-            if is_torch(path) and b"pytorch-lightning_version" in first_bytes(path, 4_096):
-                reason = f"PyTorch Lightning wrote it: {reason}"
-        sys.exit(f"error: {path} is not a whole {what} ({reason}): {way_out}")
-
-
-def state_dict_in(saved):
-    """The {name: tensor} that `saved` is, or that it holds as "state_dict", as Lightning's does; None if neither."""
-    found = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    whole = isinstance(found, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in found.items())
-    return found if whole and found else None

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.errors import first_line, usable
+from lib.errors import usable
 
 
 def temporary(path):
@@ -98,16 +98,3 @@ def sha256_of(path):
     """Return the sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_object(content):
-    """The dict in the text or the bytes of a JSON object. Raises ValueError if they hold something else."""
-    try:
-        found = json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"it is not JSON, {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise ValueError("it is JSON, but not an object")
-    return found

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from lib.layouts import deinterleave, tile_heads
+from lib.gguf import deinterleave, tile_heads
 from lib.weights import build, config_to_json
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}

@@ -22,9 +22,7 @@ from lib.errors import first_line, usable
 
 VOCAB_SIZE = 49_152
 TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # the whole family's
-IDS_SHA256 = (
-    "bfae0c0b51f83765101f7c9ac09142181b12dae9e4e060721a4819d80384d060"  # of what decides about ids
-)
+IDS_SHA256 = "bfae0c0b51f83765101f7c9ac09142181b12dae9e4e060721a4819d80384d060"  # of what decides about ids
 END_OF_TEXT = 0  # <|endoftext|>: ends each document; the base model's bos and eos
 
 OTHER = "no tokenizer but SmolLM2's is supported, name a network of its kind"

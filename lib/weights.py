@@ -12,7 +12,6 @@ import difflib
 import functools
 import json
 import math
-import pickle
 import re
 import reprlib
 import shlex
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 
 from lib.chat import TEMPLATE
-from lib.checkpoint import check_tensors, read_checkpoint
+from lib.checkpoint import check_crc, load_saved, read_checkpoint
 from lib.errors import reject, usable
 from lib.files import read_json
 from model import ModelConfig, SmolLM2, rope_tables
@@ -223,10 +222,10 @@ def checkpoint_source(path, asked):
     dataset = checkpoint["config"].get("dataset", "unknown text")
 
     def read():
-        check_tensors(path, {key: checkpoint[key] for key in ("model", "checksums")})
+        check_crc(path)
         return {bare(name): tensor for name, tensor in checkpoint["model"].items()}
 
-    specials = CHAT if checkpoint["tokenizer"].get("chat") else PLAIN  # chat: it was taught conversations
+    specials = CHAT if checkpoint["chat"] else PLAIN
     about = f"checkpoint: {path}, iteration {checkpoint['iter_num']:,}, trained on {dataset}"
     facts = (asked, str(path), "checkpoint", "none", path, {}, about)
     return Source(*facts, config, config_to_json(config), read, {}, *specials)
@@ -309,15 +308,6 @@ def first_bytes(path):
         pull = f"git -C {shlex.quote(str(path.parent))} lfs pull"
         sys.exit(f"error: {path} is a Git LFS pointer, not the file that it stands for: {pull}")
     return start
-
-
-def load_saved(path):
-    """The content of a torch.save file, its tensors still on the disk. Runs no code that the file may hold."""
-    with usable(path, AGAIN):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError:  # torch's message advises to run the file
-            raise ValueError("it is damaged, or holds more than tensors and plain values and could run code") from None
 
 
 def is_state_dict(saved):

@@ -10,7 +10,7 @@ import torch
 
 from lib.checkpoint import write_checkpoint
 from lib.tokenizer import tokenizer_json
-from lib.weights import find_weights, load_network, release_source
+from lib.weights import Source, find_weights, load_network
 from model import ModelConfig, SmolLM2
 
 LLAMA = dict(
@@ -37,10 +37,12 @@ def save(folder, network=None, **settings):
     return folder
 
 
-def same_logits(release, network):
+def same_logits(source, network):
+    """The network of a Source, or of a path, computes what a network of transformers computes."""
+    source = source if isinstance(source, Source) else find_weights(str(source))
     idx = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(load_network(release_source(release))(idx), network(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(load_network(source)(idx), network(idx).logits, atol=1e-4, rtol=0)
 
 
 def refusal(call, *args):
@@ -140,8 +142,8 @@ def save_checkpoint(folder, network, **settings):
     """A SmolLM2 in folder/ckpt.pt, as train.py saves it after iteration 7; returns the network."""
     folder.mkdir(parents=True, exist_ok=True)
     config = vars(network.config) | {"dataset": "text"} | settings
-    state = dict(model=network.state_dict(), optimizer={}, scheduler={}, iter_num=7, config=config, data={})
-    write_checkpoint(folder / "ckpt.pt", state)
+    state = dict(model=network.state_dict(), optimizer={}, scheduler={}, iter_num=7, best_val_loss=1.0, config=config)
+    write_checkpoint(folder / "ckpt.pt", state | dict(data={}, chat=False, machine={}))
     return network
 
 

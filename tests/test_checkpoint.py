@@ -16,7 +16,7 @@ from model import SmolLM2
 from train import TrainConfig, build_optimizer, load_optimizer
 
 WHOLE = dict(model={}, optimizer={}, scheduler={}, iter_num=7, best_val_loss=1.5, config={"dataset": "text"}, data={},
-             tokenizer={"official": "base", "sha256": None}, machine={})  # fmt: skip
+             chat=False, machine={})  # fmt: skip
 
 
 def test_an_unknown_key_is_no_error(tmp_path):

@@ -16,7 +16,7 @@ from networks import llama, llama_of, load, save, save_checkpoint, tiny, write_d
 import evaluate
 from configurator import configure
 from evaluate import EvaluateConfig, answers, choice_rows, score, windows
-from lib.estimates import ratio
+from lib.batches import ratio
 from lib.tasks import TASKS, Item, file_rows, hub_task_rows, read_items
 
 TEXT = "The naïve cat sat on the mat.\n\n" * 16 + "It was 12 o'clock — “late”, said the cat.\n"

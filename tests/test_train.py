@@ -26,7 +26,6 @@ import train
 from configurator import configure
 from lib.batches import get_blocks, mix
 from lib.checkpoint import read_checkpoint, write_checkpoint
-from lib.tokenizer import TOKENIZER_SHA256
 from resume_test import ResumeTestConfig
 from train import TrainConfig, get_lr, saved_settings
 
@@ -572,18 +571,6 @@ def read_error(path):
     with pytest.raises(SystemExit) as exit:
         read_checkpoint(path)
     return exit.value.code
-
-
-def test_a_checkpoint_knows_its_tokenizer(place):
-    meta = json.loads(Path("data/text/meta.json").read_text())
-    meta |= {"tokenizer": "base", "tokenizer_sha256": TOKENIZER_SHA256}
-    Path("data/text/meta.json").write_text(json.dumps(meta))
-    assert run("--out_dir=a", "--max_iters=1") == 0
-    assert load("a")["tokenizer"] == {"official": "base", "sha256": TOKENIZER_SHA256, "chat": False}
-    meta |= {"tokenizer_sha256": 64 * "0"}
-    Path("data/text/meta.json").write_text(json.dumps(meta))
-    message = run("--out_dir=b", "--max_iters=1", "--sample_interval=1")
-    assert f"these weights need the tokenizer with sha256 {64 * '0'}, but base (" in message
 
 
 # ---- The loop against one of transformers and torch
