@@ -78,11 +78,11 @@ def owned_folder(folder, setting):
     try:
         yield
     finally:
-        if os.listdir(folder) == [".lock"]:
-            with contextlib.suppress(OSError):
-                (folder / ".lock").unlink()
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()  # while we hold it; filelock never takes a lock on a removed file
         lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing is in it
 
 
 def read_json(path, hint):

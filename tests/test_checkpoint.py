@@ -42,7 +42,7 @@ def make_folder(path):
     (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "cannot be used"),
     (os.mkfifo, "there is no checkpoint"),
     (make_folder, "there is no checkpoint"),
-    (lambda path: torch.save({"step": 3}, path), "it has no best_val_loss, config"),
+    (lambda path: torch.save({"step": 3}, path), "it has no best_val_loss"),
     (lambda path: torch.save([3], path), "cannot be used"),
     (lambda path: torch.save(WHOLE, path), "it has no version"),
     (lambda path: torch.save(WHOLE | {"version": 99}, path), "it has layout 99, and this code reads layout"),
