@@ -161,7 +161,9 @@ def open_source(path, facts, pins=None, tried=()):
     if not is_gguf and not (names and (folder / "config.json").exists()):
         sys.exit(f"error: {path} is not a whole network: it needs config.json beside model.safetensors")
     stored = names if is_gguf else ["config.json", *names]
-    files = {name: first_bytes(folder / name) and checked(folder / name, pins or {}) for name in stored}
+    for name in stored:
+        first_bytes(folder / name)
+    files = {name: checked(folder / name, pins or {}) for name in stored}
 
     asked, title, source, revision = facts.values()
     lines = [f"weights:  {asked} = {title}, from {source}, revision {revision}"]
