@@ -44,6 +44,7 @@ class EvaluateConfig:
 
     init_from: str = "resume"  # out_dir's ckpt.pt; or a release's name (base, instruct, ...), a folder, .gguf, .pt
     out_dir: str = "out"  # where that ckpt.pt is
+    base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
     against: str = ""  # other weights, named in the same way: also the difference, paired, with its standard error
     # text
     dataset: str = ""  # <data_dir>/<dataset>/val.bin, the whole of it; python if nothing else is named
@@ -250,7 +251,8 @@ def main(config):
     device = pick_device(config.device)
     dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
-    weights = [find_weights(name, config.out_dir) for name in (config.init_from, config.against) if name]
+    weights = [find_weights(config.init_from, config.out_dir, config.base)]
+    weights += [find_weights(config.against, config.out_dir)] if config.against else []
     for letter, source in zip("AB", weights, strict=False):
         print(f"{letter}  {source.about}" if config.against else source.about)
     context = min(source.config.max_position_embeddings for source in weights)

@@ -40,6 +40,7 @@ class ExportConfig:
 
     init_from: str = "resume"  # out_dir's ckpt.pt; or a release's name (base, instruct, ...), a folder, .gguf, .pt
     out_dir: str = "out"  # where that ckpt.pt is
+    base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
     format: Literal["hf", "gguf"] = "hf"  # a Hugging Face folder, or one file for llama.cpp
     to: str = ""  # the folder or .gguf to write; by default `export` or `export.gguf` in out_dir
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the weights in the file; q8_0: gguf only
@@ -139,7 +140,7 @@ def main(config):
     if path.exists():
         sys.exit(f"error: {path} is there already: move it away, or give another with --to=")
 
-    source = find_weights(config.init_from, config.out_dir)
+    source = find_weights(config.init_from, config.out_dir, config.base)
     print(source.about)
     run = read_checkpoint(source.path, mmap=True, resume=False) if source.source == "checkpoint" else {}
     load_tokenizer(**source.tokenizer)  # checks it

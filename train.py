@@ -54,6 +54,7 @@ class TrainConfig(ModelConfig):
     dataset: str = "python"  # reads <data_dir>/<dataset>/, as prepare_data.py wrote it
     data_dir: str = "data"  # where prepared datasets are
     init_from: str = "scratch"  # scratch, resume, or weights alone: a release's name, a folder, a .gguf, a ckpt.pt
+    base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
     overwrite: bool = False  # start over in an out_dir that holds an earlier run, which is then lost
     # batch: batch_size * gradient_accumulation_steps sequences of block_size tokens per iteration
     batch_size: int = 4  # sequences at once in one process: as many as fit in memory
@@ -123,7 +124,7 @@ def saved_settings(config):
     if config.init_from == "scratch":
         return {}
     if config.init_from != "resume":
-        return asdict(find_weights(config.init_from).config)
+        return asdict(find_weights(config.init_from, base=config.base).config)
     known = {field.name for field in fields(TrainConfig)}
     saved = read_checkpoint(Path(config.out_dir) / "ckpt.pt", mmap=True)["config"]
     return {name: value for name, value in saved.items() if name in known} | {"out_dir": config.out_dir}
@@ -279,7 +280,7 @@ def train(config):
         del parts  # a second set of weights and moments need not stay in memory
     else:
         refuse_earlier_run(out_dir, config.overwrite)
-        source = None if config.init_from == "scratch" else find_weights(config.init_from)
+        source = None if config.init_from == "scratch" else find_weights(config.init_from, base=config.base)
         say(source.about if source else f"a new network, from seed {config.seed}")
         chat = "block_size" in meta or bool(source and source.chat_template)  # how an exported model ends a text
         model = build_model(config, device, source)

@@ -41,6 +41,7 @@ class VerifyConfig:
     """Compare model.py with transformers, or a copy of the weights with the release. Exit code 0: no check failed."""
 
     init_from: str = "base"  # the weights: base, instruct, 360M, ..., wheel, org/name, a folder, a .gguf, a checkpoint
+    base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
     against: str = ""  # the weights of which init_from is a copy, by the same names
     tokens: int = 2_048  # length of the text that the models read; every position is compared
     quick: bool = False  # 128 tokens: takes seconds instead of a minute
@@ -459,7 +460,7 @@ def run_checks(config):
     if config.tokens < 2:
         reject(f"--tokens={config.tokens} leaves nothing to predict: give at least 2")
     checklist, tokens = Checklist(), min(config.tokens, 128) if config.quick else config.tokens
-    source = find_weights(config.init_from)
+    source = find_weights(config.init_from, base=config.base)
     print(source.about)
     if config.against:
         reference = find_weights(config.against)

@@ -1,8 +1,6 @@
-"""Files spoilt at random, and a small tokenizer.json to spoil: for test_weights.py and torture.py."""
+"""Files spoilt at random."""
 
 import re
-
-from lib.tokenizer import PRE_TOKENIZER
 
 
 def spoil(content, rng):
@@ -31,15 +29,6 @@ def spoil(content, rng):
     return bytes(content)
 
 
-SMALL_TOKENIZER = {  # of the family's form, with its 17 special tokens and two letters
-    "version": "1.0",
-    "added_tokens": [{"id": i, "content": f"<{i}>", "special": True} for i in range(17)],
-    "normalizer": None,
-    "pre_tokenizer": PRE_TOKENIZER,
-    "post_processor": None,
-    "decoder": {"type": "ByteLevel"},
-    "model": {"type": "BPE", "vocab": {f"<{i}>": i for i in range(17)} | {"a": 17, "b": 18}, "merges": ["a b"]},
-}
 ODD = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"64.5", b'"x"', b'"../x"', b"[]", b"{}", b"[[1]]", b"1e9",
     b'"a"', b"99999999999999999999",
        b'"\\ud800"', b'"a\\nb"', b"[" * 3_000]  # fmt: skip

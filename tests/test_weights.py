@@ -181,8 +181,8 @@ def checkpoint(name):
     def apply(folder):
         config = asdict(find_weights(str(folder)).config) | {"dataset": "text"}
         tensors = {f"_orig_mod.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
-        state = dict(model=tensors, optimizer={}, scheduler={}, iter_num=7, config=config, data={}, best_val_loss=9.0)
-        write_checkpoint(folder / name, state | dict(tokenizer={"chat": True}, machine={}))
+        state = dict(model=tensors, iter_num=7, config=config, data={}, best_val_loss=9.0, chat=True, machine={})
+        write_checkpoint(folder / name, state)
         return folder / name
 
     return apply
@@ -397,7 +397,7 @@ SPOILT = {  # how: (what spoils the folder, words of the one line). It may retur
     "weights alone": (
         lambda f: [f / "model.safetensors", (f / "config.json").unlink()][0], "it needs config.json beside"
     ),
-    "a shard is missing": (lambda f: [in_shards(f), next(f.glob("*1-of-*.bin")).unlink()][0], "cannot be used (No such"),
+    "a shard is missing": (lambda f: [in_shards(f), next(f.glob("*1-of-*.bin")).unlink()][0], "cannot be used (No"),
     "an index that leads elsewhere": (index({"a": "../x.bin"}), "not beside it"),
     "an index of numbers": (index({"a": 3}), "index.json cannot be used"),
     "an index without a map": (index(None), "it has no weight_map"),
