@@ -274,14 +274,11 @@ def on_all_cores(function, items):
             yield waiting.popleft().result()
 
 
-def write_text(files, stream, config, encoding, sources, total):
-    """
-    Write documents of text to train.bin and val.bin, which are open in `files`. total: bytes to read, for the progress
-    bar, or None. Return {split: counts}.
-    """
+def write_text(files, stream, config, encoding, sources):
+    """Write documents of text to train.bin and val.bin, which are open in `files`. Return {split: counts}."""
     work = bundles(pieces(stream, config.val_fraction, sources))
     counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
         for encoded in on_all_cores(functools.partial(encode_bundle, encoding), work):
             for split, (content, documents, size) in encoded.items():
                 files[f"{split}.bin"].write(content)
@@ -331,14 +328,11 @@ def write_dataset(draft, config, files, encoding, meta):
             meta["block_size"] = config.block_size
             counts = write_conversations(bins, stream, config, encoding, sources)
         else:
-            total = sum(file.stat().st_size for file in files) if files else None
-            counts = write_text(bins, stream, config, encoding, sources, total)
-    if not any(counts[split]["tokens"] for split in counts):
-        reasons = "; ".join(notes(sources, "conversation"))
-        sys.exit(f"error: {config.dataset}: nothing to learn in it, {reasons}")
+            counts = write_text(bins, stream, config, encoding, sources)
     for split, other in (("train", "lower"), ("val", "raise")):
         if not counts[split]["bytes"] or counts[split]["tokens"] == counts[split]["documents"]:
-            sys.exit(f"error: {config.dataset}: too short to split, {split} is empty: {other} --val_fraction")
+            reasons = "; ".join(["too short to split", *notes(sources)])
+            sys.exit(f"error: {config.dataset}: {split} has nothing to learn ({reasons}): {other} --val_fraction")
         for kind in kinds:
             counts[split][f"{kind}_sha256".strip("_")] = sha256_of(draft / f"{split}{kind}.bin")
     return meta | {"sources": sources | {"sha256": sources["sha256"].hexdigest()}} | counts
@@ -366,29 +360,27 @@ def table(counts):
     """Return documents, tokens and bytes of each split, as lines of text."""
     lines = [f"{'':<8}{'documents':>12}{'tokens':>16}{'bytes':>18}{'bytes/token':>14}"]
     for name, c in counts.items():
-        ratio = c["bytes"] / max(1, c["tokens"])  # a part may have nothing for val
+        ratio = c["bytes"] / c["tokens"]
         lines.append(f"{name:<8}{c['documents']:>12,}{c['tokens']:>16,}{c['bytes']:>18,}{ratio:>14.3f}")
     return "\n".join(lines)
 
 
-def notes(sources, column):
-    """Yield what happened to the text on its way, as lines of text. column: the one that rows were searched for."""
+def notes(sources):
+    """Yield what happened to the text on its way, as lines of text."""
     for encoding, same in sources.get("encodings", {}).items():
         others = f" and {same['files'] - 1:,} more" if same["files"] > 1 else ""
         yield f"read as {encoding}: {same['first']}{others}"
     if sources["left_out"]:
         yield left_out_line(sources["left_out"])
-    if lost := sources.get("rows_without_column"):
-        yield f"note: {lost:,} rows without a {column} were left out: {sources['first_without_column']}"
-    if count := sources.get("without_an_answer"):
-        yield f"note: {count:,} conversations without an assistant's answer were left out"
-    if count := sources.get("cut_before_the_answer"):
-        reason = "first answer comes after the row's end were left out: raise --block_size"
-        yield f"note: {count:,} conversations whose {reason}"
-    if sources.get("empty_documents"):
-        yield f"note: {sources['empty_documents']:,} empty documents were left out"
-    if bad := sources.get("undecodable_bytes"):
-        yield f"note: {bad:,} bytes that cannot be decoded became U+FFFD, the first in {sources['first_undecodable']}"
+    row, place = sources.get("first_without_column"), sources.get("first_undecodable")
+    texts = {
+        "rows_without_column": f"rows without a text were left out: {row}",
+        "without_an_answer": "conversations without an assistant's answer were left out",
+        "cut_before_the_answer": "conversations with no answer before the row's end were left out: raise --block_size",
+        "empty_documents": "empty documents were left out",
+        "undecodable_bytes": f"bytes that cannot be decoded became U+FFFD, the first in {place}",
+    }
+    yield from (f"note: {sources[name]:,} {text}" for name, text in texts.items() if sources.get(name))
 
 
 def left_out_line(left_out):
@@ -417,9 +409,8 @@ def main(config):
     print(f"text: {source.what}" + (f", {len(files):,} files" if files and len(files) > 1 else ""))
     content, origin = tokenizer_json()
     sha256 = hashlib.sha256(content).hexdigest()
-    print(
-        f"tokenizer: {origin}, sha256 {sha256} {'as pinned' if sha256 == TOKENIZER_SHA256 else '(not the pinned one)'}"
-    )
+    pinned = "as pinned" if sha256 == TOKENIZER_SHA256 else "(not the pinned one)"
+    print(f"tokenizer: {origin}, sha256 {sha256} {pinned}")
     encoding = load_tokenizer()
     meta = {"name": name, "dtype": "uint16", "vocab_size": VOCAB_SIZE, "tokenizer": "base", "tokenizer_sha256": sha256}
     meta["sources"] = {"what": source.what, "identity": source.identity, "left_out": source.left_out}
@@ -448,7 +439,7 @@ def main(config):
     train, val, chat = meta["train"], meta["val"], "block_size" in meta
     both = {key: count + val[key] for key, count in train.items() if isinstance(count, int)}
     print((conversation_table if chat else table)({"train": train, "val": val, "both": both}))
-    for line in notes(meta["sources"], "conversation" if chat else f"column {config.text_column}"):
+    for line in notes(meta["sources"]):
         print(line)
     if chat:
         print(f"{folder}: {seconds:.1f} s, train with --block_size={config.block_size}")

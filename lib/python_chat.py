@@ -20,53 +20,46 @@ def python_chat(files):
     seen = set()
     for path in files:
         tree = ast.parse(path.read_bytes())
-        for question, answer, *more in topics(tree) if path.name == "topics.py" else documented(tree, module(path)):
+        for texts in topics(tree) if path.name == "topics.py" else documented(tree, path):
+            answer = texts[1]
             if 20 <= len(answer) <= 1000 and not answer.startswith(">>>") and answer not in seen:
                 seen.add(answer)
                 roles = ("user", "assistant", "user", "assistant")
-                turns = zip(roles, (question, answer, *more), strict=False)
-                yield [{"role": role, "content": content} for role, content in turns]
+                yield [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-def module(path):
-    """The name under which a file of the standard library is imported: "json" for .../python3.11/json/__init__.py."""
+def documented(tree, path):
+    """Yield (question, answer), or (question, answer, question, answer), for each docstring of a module."""
     parts = path.relative_to(Path(os.__file__).parent).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-def documented(tree, name):
-    """Yield (question, answer), or with a second pair (question, answer, question, answer), for each docstring."""
-    yield from about(tree, f"What is Python's module `{name}` for?")
+    module = ".".join(part for part in parts if part != "__init__")  # "json" for .../python3.11/json/__init__.py
+    yield paragraphs(tree, f"What is Python's module `{module}` for?")
     for node in tree.body:
-        yield from about_definition(node, name)
+        yield from definition(node, module)
         for method in node.body if isinstance(node, ast.ClassDef) else ():
-            yield from about_definition(method, f"{name}.{node.name}")
+            yield from definition(method, f"{module}.{node.name}")
 
 
-def about_definition(node, place):
-    """The same for one public class or function, if the node is one."""
+def definition(node, place):
+    """Yield the same for one class or function, if the node is one and public."""
     name = f"{place}.{getattr(node, 'name', '_')}"
     if any(part.startswith("_") for part in name.split(".")):
         return
     if isinstance(node, ast.ClassDef):
-        yield from about(node, f"What is the class `{name}`?")
+        yield paragraphs(node, f"What is the class `{name}`?")
     elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        yield from about(
-            node, f"What does `{name}` do?", "What is its signature?", f"{node.name}({ast.unparse(node.args)})"
-        )
+        question, answer, *_ = paragraphs(node, f"What does `{name}` do?")
+        yield question, answer, "What is its signature?", f"{node.name}({ast.unparse(node.args)})"
 
 
-def about(node, question, *more):
-    """The question with the docstring's first paragraph. If there is no second pair, the next paragraph makes one."""
+def paragraphs(node, question):
+    """Return the question with the docstring's first paragraph. The next paragraph, if any, makes a second pair."""
     first, *rest = (ast.get_docstring(node) or "").split("\n\n")
-    if rest and not more:
-        more = ("Tell me more.", rest[0])
-    yield question, first, *more
+    return [question, first, "Tell me more.", rest[0]] if rest else [question, first]
 
 
 def topics(tree):
-    """The same for the dict in pydoc_data/topics.py: the texts of help("assert") and the like."""
+    """Yield the same for the dict in pydoc_data/topics.py: the texts of help("assert") and the like."""
     for text in ast.literal_eval(tree.body[-1].value).values():
         title, first, *rest = text.strip().split("\n\n")
-        more = ("Tell me more.", rest[0]) if rest else ()
-        yield f"Explain this topic of Python: {title.splitlines()[0]}.", first, *more
+        question = f"Explain this topic of Python: {title.splitlines()[0]}."
+        yield [question, first, "Tell me more.", rest[0]] if rest else [question, first]

@@ -173,13 +173,12 @@ def jsonl_rows(path, column, sources):
 
 def json_rows(path, column, sources):
     """Yield the items of an array, or the objects that follow one another."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    with open_text(path, sources) as file:
-        text, rows, at = file.read().strip(), [], 0
-        while at < len(text):
-            value, end = decode(text, at)
-            at = blank.match(text, end).end()
-            rows += value if isinstance(value, list) else [value]
+    text, rows, at = read_text(path, sources).strip(), [], 0
+    while at < len(text):
+        with usable(path, "repair the JSON, or leave the file out"):
+            value, end = json.JSONDecoder().raw_decode(text, at)
+        at = re.compile(r"\s*").match(text, end).end()
+        rows += value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, 1):
         yield f"{path}, item {number}", row
 
@@ -187,17 +186,13 @@ def json_rows(path, column, sources):
 def csv_rows(path, column, sources):
     csv.field_size_limit(2**31 - 1)
     with open_text(path, sources) as file:
-        names = file.readline()
+        header = file.readline()
         # Where the comma is the decimal point, spreadsheets write semicolons.
-        delimiter = "\t" if suffix_of(path) == ".tsv" else max(",;", key=names.count)
-        lines = csv.reader(itertools.chain([names], file), delimiter=delimiter, strict=True)
-        try:
-            names = next(lines, [])
-            for record in lines:
-                if record:
-                    yield f"{path}, line {lines.line_num}", dict(zip(names, record, strict=False))
-        except csv.Error as error:
-            sys.exit(f'error: {path}, line {lines.line_num}: not CSV ({error}): double each " inside a quoted field')
+        delimiter = "\t" if suffix_of(path) == ".tsv" else max(",;", key=header.count)
+        lines = csv.reader(itertools.chain([header], file), delimiter=delimiter, strict=True)
+        names = next(lines, [])
+        for record in filter(None, lines):
+            yield f"{path}, line {lines.line_num}", dict(zip(names, record, strict=False))
 
 
 def parquet_rows(path, column, sources):

@@ -617,7 +617,7 @@ def test_conversations(place, encoding, capsys):
         row += [f"{c['padding'] / c['tokens']:.1%}", f"{c['cut']:,}"]
         assert [split, *row] in [line.split() for line in said.splitlines()]
     assert "note: 1 conversations without an assistant's answer were left out\n" in said
-    assert "note: 1 conversations whose first answer comes after the row's end were left out" in said
+    assert "note: 1 conversations with no answer before the row's end were left out: raise --block_size" in said
     assert "note: 1 empty documents were left out" in said and "--block_size=200" in said
 
 
@@ -721,8 +721,8 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "empty text": (lambda: write("a.txt", ""), ["--dataset=a.txt"], 1, ["a.txt: no text"]),
     "only empty rows": (lambda: write("a.jsonl", '{"text": ""}\n\n'), ["--dataset=a.jsonl"], 1, ["a.jsonl: no text"]),
     "no rows": (lambda: table_file("a.parquet", text=[]), ["--dataset=a.parquet"], 1, ["a.parquet: no text"]),
-    "one letter": (lambda: write("a.txt", "a"), ["--dataset=a.txt"], 1, ["a.txt: too short", "--val_fraction"]),
-    "no tokens": (lambda: write("a.txt", "\x04\x06" * 9), ["--dataset=a.txt"], 1, ["a.txt: too short"]),
+    "one letter": (lambda: write("a.txt", "a"), ["--dataset=a.txt"], 1, ["a.txt: train has nothing to learn (too short to split)", "--val_fraction"]),
+    "no tokens": (lambda: write("a.txt", "\x04\x06" * 9), ["--dataset=a.txt"], 1, ["a.txt: train has nothing to learn"]),
     "bad row": (lambda: write("d/a.jsonl", "[1]"), ["--dataset=d"], 1, [f"{Path('d/a.jsonl')}, line 1"]),
     "val_fraction 0": (None, ["--val_fraction=0"], 2, ["val_fraction=0", "between 0 and 1"]),
     "val_fraction 1": (None, ["--val_fraction=1"], 2, ["val_fraction=1"]),
@@ -742,7 +742,7 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
         lambda: write_chats([say(("user", str(i)), ("assistant", "")) for i in range(9)]),
         ["--dataset=in.jsonl"],
         1,
-        ["train is empty"],
+        ["train has nothing to learn"],
     ),
     "both kinds": (
         lambda: write("a.jsonl", '{"text": "x"}\n{"question": "y", "answer": "z"}\n'),
@@ -814,7 +814,7 @@ def test_the_closing_table_names_encodings_and_lost_rows(place, encoding, capsys
     said = capsys.readouterr().out
     assert f"read as cp1252, guessed: {Path('f/a.txt')} and 1 more\n" in said
     assert f"read as utf-16: {Path('f/c.txt')}\n" in said
-    lost = f"note: 1 rows without a column text were left out: {Path('f/d.jsonl')}, line 61: no column text, only body"
+    lost = f"note: 1 rows without a text were left out: {Path('f/d.jsonl')}, line 61: no column text, only body"
     assert lost in said
 
 

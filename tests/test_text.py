@@ -253,7 +253,7 @@ ERRORS = {  # name: (path, content, words in the error line)
     "array cut off": ("a.json", '[{"text": "a"}, ', "a.json cannot be used (Expecting value: line 1 column 1"),
     "no comma": ("a.json", '["a" "b"]', "a.json cannot be used (Expecting ',' delimiter"),
     "comments": ("a.json", '{ // c\n "text": "a"}', "a.json cannot be used ("),
-    "open quote": ("a.csv", 'text\n"a\nb\nc\n', "a.csv, line 4: not CSV"),
+    "open quote": ("a.csv", 'text\n"a\nb\nc\n', "a.csv cannot be used (unexpected end of data)"),
     "no csv column": ("a.csv", "body\nb\n", "a.csv, line 2: no column text, only body"),
     "not parquet": ("a.parquet", "PAR1 no", "a.parquet cannot be used ("),
 }  # fmt: skip
