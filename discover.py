@@ -123,14 +123,14 @@ def find_head_dims(shapes, claimed):
 
 
 class Hypothesis(NamedTuple):
-    """Everything that shapes do not show. The search starts from the defaults and tests each of them."""
+    """What shapes do not show. The search starts from the defaults, which are model.py's, and tests each of them."""
 
-    rope_layout: str = "half-split"  # these five: see lib/oracle.py's build_variant
+    rope_layout: str = "half-split"  # the strings: see lib/oracle.py's build_variant
+    head_dim: int = 64
     kv_grouping: str = "repeated"
     gate: str = "gate_proj"
     hidden_act: str = "silu"
     norm_order: str = "as named"
-    head_dim: int = 64
     rope_theta: float = 100_000.0
     rms_norm_eps: float = 1e-5
 
@@ -160,17 +160,11 @@ class Reader:
 
 def config_under(hypothesis, shapes, length):
     """Return the ModelConfig of a Hypothesis, with a context of `length` tokens."""
+    sizes, D = shapes._asdict(), hypothesis.head_dim
+    heads, kv_heads = sizes.pop("q_width") // D, sizes.pop("kv_width") // D
+    numbers = dict(head_dim=D, rope_theta=hypothesis.rope_theta, rms_norm_eps=hypothesis.rms_norm_eps)
     return ModelConfig(
-        vocab_size=shapes.vocab_size,
-        hidden_size=shapes.hidden_size,
-        intermediate_size=shapes.intermediate_size,
-        num_hidden_layers=shapes.num_hidden_layers,
-        num_attention_heads=shapes.q_width // hypothesis.head_dim,
-        num_key_value_heads=shapes.kv_width // hypothesis.head_dim,
-        head_dim=hypothesis.head_dim,
-        max_position_embeddings=length,
-        rope_theta=hypothesis.rope_theta,
-        rms_norm_eps=hypothesis.rms_norm_eps,
+        **sizes, **numbers, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=length
     )
 
 
@@ -300,15 +294,7 @@ def public_sources(source, is_135m):
 
 def claims(config):
     """Return {parameter: value} according to a ModelConfig, and what model.py does whatever its settings."""
-    return asdict(config) | dict(
-        attention_bias=False,
-        tie_word_embeddings=True,
-        rope_layout="half-split",
-        kv_grouping="repeated",
-        gate="gate_proj",
-        hidden_act="silu",
-        norm_order="as named",
-    )
+    return Hypothesis()._asdict() | asdict(config) | dict(attention_bias=False, tie_word_embeddings=True)
 
 
 class Finding(NamedTuple):
@@ -331,7 +317,7 @@ def decide(name, value, remaining, evidence, sources):
 def from_shapes(shapes):
     """Return {parameter: Finding} from names and shapes."""
     V, C, layers, intermediate, *_ = shapes
-    values = {
+    evidence = {
         "vocab_size": (V, f"embed_tokens [{V}, {C}]"),
         "hidden_size": (C, f"embed_tokens [{V}, {C}]"),
         "num_hidden_layers": (layers, f"model.layers.0 to {layers - 1}"),
@@ -339,7 +325,7 @@ def from_shapes(shapes):
         "attention_bias": (False, "no tensor is named bias"),
         "tie_word_embeddings": (True, "no other head than embed_tokens"),
     }
-    return {name: Finding(value, (value,), evidence) for name, (value, evidence) in values.items()}
+    return {name: Finding(value, (value,), reason) for name, (value, reason) in evidence.items()}
 
 
 def from_behaviour(shapes, hypothesis, differences, sources):
@@ -404,20 +390,18 @@ def list_conflicts(findings, sources, differences):
     return lines
 
 
-def base_config(findings):
-    """Return the fields of base's config.json, in its order, from the findings."""
+def prove(findings, sources, path):
+    """
+    Write base's config.json from the findings, and print where each field comes from. Return True if it is the official
+    file.
+    """
     values = {name: finding.value for name, finding in findings.items()}
     config = ModelConfig(**{name: values[name] for name in asdict(ModelConfig()) if name in values})
     fields = config_to_json(config, **FROM_YAML, **FROM_TRANSFORMERS)
     fields |= {name: values[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
     fields |= {"rope_interleaved": values["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
     del fields["head_dim"]  # which the file does not have
-    return dict(sorted(fields.items()))
-
-
-def prove(findings, sources, path):
-    """Write config.json and print where each field comes from. Return True if it is the official file."""
-    fields = base_config(findings)
+    fields = dict(sorted(fields.items()))
     content = (json.dumps(fields, indent=2) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:

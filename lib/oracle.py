@@ -31,7 +31,10 @@ def build_oracle(config, tensors=None, **settings):
     settings = config_to_json(config) | dict(attn_implementation="eager") | settings
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
     if tensors is not None:
-        oracle.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+        tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+        report = oracle.load_state_dict(tensors, strict=False)
+        for name in report.missing_keys + report.unexpected_keys:
+            sys.exit(f"error: only one of model.py and transformers' Llama has {name}: model.py is no longer a Llama")
     return oracle
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lib.checkpoint import write_checkpoint
+from lib.oracle import build_oracle
 from lib.tokenizer import tokenizer_json
 from lib.weights import Source, find_weights, load_network
 from model import ModelConfig, SmolLM2
@@ -124,26 +125,16 @@ def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
 
 
 def llama_of(network):
-    """transformers' Llama with the weights of a SmolLM2, such as the real ones; they share memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {**vars(network.config), "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
-    rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
-    config = LlamaConfig(**settings, rope_parameters=rope)
-    with torch.device("meta"):
-        peer = LlamaForCausalLM(config)
-    head = {"lm_head.weight": network.model.embed_tokens.weight}
-    peer.load_state_dict(network.state_dict() | head, assign=True)
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config)  # its tables are no weights, so they are still on meta
-    return peer.eval()
+    """transformers' Llama with the weights of a SmolLM2, such as the real ones."""
+    return build_oracle(network.config, network.state_dict(), bos_token_id=None, eos_token_id=None)
 
 
-def save_checkpoint(folder, network, **settings):
+def save_checkpoint(folder, network, chat=False, **settings):
     """A SmolLM2 in folder/ckpt.pt, as train.py saves it after iteration 7; returns the network."""
     folder.mkdir(parents=True, exist_ok=True)
     config = vars(network.config) | {"dataset": "text"} | settings
     state = dict(model=network.state_dict(), optimizer={}, scheduler={}, iter_num=7, best_val_loss=1.0, config=config)
-    write_checkpoint(folder / "ckpt.pt", state | dict(data={}, chat=False, machine={}))
+    write_checkpoint(folder / "ckpt.pt", state | dict(data={}, chat=chat, machine={}))
     return network
 
 

@@ -231,7 +231,8 @@ def test_folders_that_transformers_wrote(run, tmp_path, changes):
 
 def checkpoint_of(config, tensors, **changes):
     settings = asdict(config) | dict(dataset="python", max_iters=1)
-    contents = dict(model=tensors, optimizer={}, scheduler={}, iter_num=0, best_val_loss=9.9, config=settings, data={})
+    empty = dict(data={}, chat=False, machine={})
+    contents = dict(model=tensors, optimizer={}, scheduler={}, iter_num=0, best_val_loss=9.9, config=settings, **empty)
     return contents | changes
 
 
