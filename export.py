@@ -10,7 +10,6 @@ Nothing gets its final name before transformers has computed the same logits fro
 `hf upload org/name out/export`.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -55,19 +54,26 @@ def check_logits(path):
     End the program with one line if transformers computes other logits from the folder or .gguf than model.py does.
     Return a line to print.
     """
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        import transformers
+    except ImportError:
         return "not compared with transformers, which is not installed: pip install transformers"
-    model = load_network(find_weights(str(path)))
-    oracle = build_oracle(model.config, model.state_dict())
-    if path.is_dir():  # which transformers can read itself; a GGUF it reads only with accelerate
-        oracle = type(oracle).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    transformers.logging.disable_progress_bar()
+    model, fault = load_network(find_weights(str(path))), ""
+    if path.is_dir():
+        how = dict(dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        oracle, report = transformers.LlamaForCausalLM.from_pretrained(path, **how)
+        fault = "".join(f"has no {name}" for name in sorted(report["unexpected_keys"])[:1])
+    else:  # transformers reads a GGUF only with accelerate; it gets the weights that we read from the file
+        oracle = build_oracle(model.config, model.state_dict())
     T = min(64, model.config.max_position_embeddings)
     idx = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     expected = oracle(idx).logits
     error = ((model(idx) - expected).norm() / expected.norm()).item()
     if not error < 1e-4:  # written so that NaN counts as wrong; equal models differ by about 1e-6
-        fault = f"transformers' Llama computes other logits from {path.name} (relative error {error:.1e})"
-        sys.exit(f"error: {fault}: model.py is no longer a Llama")
+        fault = f"computes other logits (relative error {error:.1e})"
+    if fault:
+        sys.exit(f"error: transformers' Llama {fault}: model.py is no longer a Llama")
     return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
 
 
