@@ -252,7 +252,8 @@ def main(config):
     dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
     weights = [find_weights(config.init_from, config.out_dir, config.base)]
-    weights += [find_weights(config.against, config.out_dir)] if config.against else []
+    if config.against:
+        weights.append(find_weights(config.against, config.out_dir))
     for letter, source in zip("AB", weights, strict=False):
         print(f"{letter}  {source.about}" if config.against else source.about)
     context = min(source.config.max_position_embeddings for source in weights)

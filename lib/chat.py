@@ -37,10 +37,10 @@ def chat_ids(encoding, messages, generation_prompt=False):
     for message in messages:
         header = f"{message['role']}\n"
         text = encode(encoding, header + message["content"])  # in one piece, as Hugging Face does
-        learnt = int(message["role"] == "assistant")
-        read = header_length(encoding, header, text) if learnt else len(text)
+        learned = int(message["role"] == "assistant")
+        read = header_length(encoding, header, text) if learned else len(text)
         ids += [start, *text, end, *newline]
-        mask += [0] * (1 + read) + [1] * (len(text) - read) + [learnt] + [0] * len(newline)
+        mask += [0] * (1 + read) + [1] * (len(text) - read) + [learned] + [0] * len(newline)
     if generation_prompt:
         ids += [start, *encode(encoding, "assistant\n")]
         mask += [0] * (len(ids) - len(mask))

@@ -124,12 +124,7 @@ def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
     return meta
 
 
-def llama_of(network):
-    """transformers' Llama with the weights of a SmolLM2, such as the real ones."""
-    return build_oracle(network.config, network.state_dict(), bos_token_id=None, eos_token_id=None)
-
-
-def save_checkpoint(folder, network, chat=False, **settings):
+def save_checkpoint(folder, network, **settings):
     """A SmolLM2 in folder/ckpt.pt, as train.py saves it after iteration 7; returns the network."""
     folder.mkdir(parents=True, exist_ok=True)
     config = vars(network.config) | {"dataset": "text"} | settings

@@ -11,12 +11,13 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import llama, llama_of, load, save, save_checkpoint, tiny, write_dataset
+from networks import llama, load, save, save_checkpoint, tiny, write_dataset
 
 import evaluate
 from configurator import configure
 from evaluate import EvaluateConfig, answers, choice_rows, score, windows
 from lib.batches import ratio
+from lib.oracle import build_oracle
 from lib.tasks import TASKS, Item, file_rows, hub_task_rows, read_items
 
 TEXT = "The naïve cat sat on the mat.\n\n" * 16 + "It was 12 o'clock — “late”, said the cat.\n"
@@ -61,7 +62,7 @@ def out_dir(tmp_path_factory, network):
 
 @pytest.fixture(scope="module")
 def peer(real_model):
-    return llama_of(real_model)
+    return build_oracle(real_model.config, real_model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,6 +400,7 @@ def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
     (["--limit=0"], "limit is 0: it must be a number from 1"),
     (["--batch_size=-1"], "batch_size is -1"),
     (["--task=piqa", "--stride=9"], "--stride is for text"),
+    (["--init_from=wheel", "--base=base"], "--base=base is for LoRA adapters"),
 ])  # fmt: skip
 def test_wrong_commands(capfd, flags, message):
     code, _, error = run(capfd, *flags)

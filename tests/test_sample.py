@@ -9,12 +9,13 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
-from networks import llama_of, save_checkpoint, tiny
+from networks import save_checkpoint, tiny
 
 import sample
 from configurator import configure
 from lib.gguf import header_value
 from lib.official import wheel_gguf
+from lib.oracle import build_oracle
 from lib.tokenizer import load_tokenizer
 from model import SmolLM2
 from sample import HELP, SampleConfig, converse
@@ -47,7 +48,7 @@ def continued(peer, ids, count):
 
 def test_official_weights_greedily_as_transformers(capfd, real_model, hf_tokenizer):
     prompt = "The capital of France is"
-    theirs = continued(llama_of(real_model), hf_tokenizer.encode(prompt).ids, 20)
+    theirs = continued(build_oracle(real_model.config, real_model.state_dict()), hf_tokenizer.encode(prompt).ids, 20)
     code, texts, output = run(capfd, "--init_from=base", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20")
     assert code == 0 and texts == [prompt + hf_tokenizer.decode(theirs)]
     assert "sha256" in output and "20 tokens in" in output
@@ -64,7 +65,7 @@ def talk(capfd, monkeypatch, lines, *flags):
 def test_a_conversation(capfd, monkeypatch, real_model, hf_tokenizer):
     """Each answer is transformers' own to the whole conversation so far, in the release's template."""
     template = jinja2.Template(header_value(wheel_gguf(), "tokenizer.chat_template"))
-    peer = llama_of(real_model)
+    peer = build_oracle(real_model.config, real_model.state_dict())
     expected, messages = [], []
     lines = ["What is the capital of France?", "And of Italy?", "/system Answer in French.", "And of Spain?", "/foo"]
     for line in lines[:4]:
@@ -118,6 +119,10 @@ def test_sampling_settings_are_checked_before_the_weights_load(flag, capfd):
     with pytest.raises(SystemExit) as exit:
         configure(SampleConfig, ["--out_dir=nowhere", flag])
     assert exit.value.code == 2 and "it must be a number from" in capfd.readouterr().err
+
+
+def test_a_base_is_for_adapters(capfd):
+    assert run(capfd, "--init_from=wheel", "--base=base")[0] == 2
 
 
 @pytest.mark.parametrize("flags, values", [
