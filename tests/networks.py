@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lib.checkpoint import write_checkpoint
-from lib.oracle import build_oracle
 from lib.tokenizer import tokenizer_json
 from lib.weights import Source, find_weights, load_network
 from model import ModelConfig, SmolLM2
@@ -124,7 +123,7 @@ def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
     return meta
 
 
-def save_checkpoint(folder, network, **settings):
+def save_checkpoint(folder, network, chat=False, **settings):
     """A SmolLM2 in folder/ckpt.pt, as train.py saves it after iteration 7; returns the network."""
     folder.mkdir(parents=True, exist_ok=True)
     config = vars(network.config) | {"dataset": "text"} | settings
