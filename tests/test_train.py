@@ -422,9 +422,9 @@ def load_nothing(self, state_dict):
 
 
 BROKEN_RESUMES = {
-    "moments": (torch.optim.AdamW, "load_state_dict", ["moments at 14"]),
-    "weights": (train.SmolLM2, "load_state_dict", ["log.csv", "weights at 14"]),
-    "scheduler": (torch.optim.lr_scheduler.LambdaLR, "load_state_dict", ["log.csv", "weights at 14"]),
+    "moments": (torch.optim.AdamW, load_without_moments, ["moments at 14"]),
+    "weights": (train.SmolLM2, load_nothing, ["log.csv", "weights at 14"]),
+    "scheduler": (torch.optim.lr_scheduler.LambdaLR, load_nothing, ["log.csv", "weights at 14"]),
 }
 
 
