@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and what the way from text to loss may not need."""
+"""The layout: who may import whom, and what training and sampling may not need."""
 
 import ast
 import subprocess
@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "train", "sample", "prepare_data", "verify", "discover", "resume_test", "bench", "export", "evaluate",
 }  # fmt: skip
-ROOMS = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
-SPINE = ("model.py", "train.py", "sample.py", "configurator.py", "lib/batches.py")
+MODULES = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
+CORE = ("model.py", "train.py", "sample.py", "configurator.py", "lib/batches.py")
 
 
 def imported(path):
@@ -36,7 +36,9 @@ def test_imports(path):
     tops = {module.split(".")[0] for module in modules}
     others = SCRIPTS - {path.stem} - ({"train"} if path.stem == "resume_test" else set())
     assert not tops & others, "a script, or lib, imports a script"
-    assert not tops & ROOMS - {"gguf", "tokenizer"}, "rooms are imported as lib.name"  # gguf is a package as well
+    assert not tops & MODULES - {"gguf", "tokenizer"}, (
+        "modules of lib are imported as lib.name"
+    )  # gguf is a package as well
     if path.name == "model.py":
         assert tops - sys.stdlib_module_names == {"torch"}
     if path.name == "configurator.py":
@@ -47,13 +49,7 @@ def test_every_script_is_known_here():
     assert {path.stem for path in ROOT.glob("*.py")} - {"model", "configurator"} <= SCRIPTS
 
 
-def test_every_room_is_on_the_map():
-    """lib/__init__.py is the map of lib."""
-    named = [line.split()[0] for line in (ROOT / "lib/__init__.py").read_text().splitlines() if line.startswith("    ")]
-    assert sorted(named) == sorted(ROOMS)
-
-
-def test_the_way_from_text_to_loss_is_short():
+def test_training_and_sampling_import_little():
     """Preparing, training and sampling a checkpoint import no Hub, no GGUF, no plotting before they need it."""
     heavy = {"huggingface_hub", "gguf", "safetensors", "matplotlib", "transformers", "datasets", "pyarrow"}
     code = f"import sys, prepare_data, train, sample; print(sorted({heavy!r} & set(sys.modules)))"
@@ -64,12 +60,12 @@ def test_the_way_from_text_to_loss_is_short():
     assert result.stdout.strip() == "False"
 
 
-def test_the_spine_is_read_in_one_sitting():
+def test_the_core_is_read_in_one_sitting():
     """model.py counts down to "The same, faster": below that line nothing changes what the network computes."""
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in SPINE}
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in CORE}
     network, faster = texts["model.py"].split("# The same, faster.")
     lines = {name: text.count("\n") for name, text in (texts | {"model.py": network}).items()}
-    assert sum(lines.values()) < 1_050, lines
+    assert sum(lines.values()) < 1_300, lines
     assert faster.count("\n") < 250
 
 
