@@ -512,19 +512,6 @@ def test_numbers_out_of_range_are_refused(place, flags, message):
     assert not Path("a").exists()
 
 
-def test_min_lr_is_a_tenth_by_default():
-    config = TrainConfig(learning_rate=1.0, warmup_iters=10, lr_decay_iters=110)
-    assert get_lr(config, 110) == get_lr(config, 10**6) == pytest.approx(0.1)
-
-
-def test_weights_alone_begin_a_new_run(place):
-    assert run("--out_dir=a") == 0
-    assert run("--out_dir=b", "--init_from=a/ckpt.pt", "--max_iters=4") == 0
-    a, b = rows("a"), rows("b")
-    assert b[1][0] == "0" and b[1][4] == a[-1][4]  # it starts at the loss where the other ended
-    assert load("b")["iter_num"] == 4 and load("b")["scheduler"]["last_epoch"] == 4
-
-
 def test_weights_bring_their_networks_settings_and_flags_hold(place, capfd):
     assert run("--out_dir=a", "--max_iters=2") == 0
     flags = ["--init_from=a/ckpt.pt", "--dataset=text", "--max_iters=1", "--block_size=16", "--eval_iters=1"]
@@ -629,6 +616,7 @@ def test_learning_rate():
     assert all(get_lr(config, i) == get_lr(longer, i) for i in range(200))
     wsd = dataclasses.replace(config, schedule="wsd", min_lr=0.0, wsd_decay_iters=20)
     assert [get_lr(wsd, i) for i in (10, 50, 90, 100, 110, 200)] == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
+    assert get_lr(dataclasses.replace(config, min_lr=None), 110) == pytest.approx(0.1)
 
 
 # ---- What bad input gets: one line, no traceback, nothing on the disk changed
