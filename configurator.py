@@ -18,6 +18,7 @@ import operator
 import os
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def configure(cls, argv=None, saved=None):
     if "-h" in argv or "--help" in argv:
         print_help(cls)
         sys.exit()
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
     in_files, in_flags = [], []  # (where, name, value) each, weakest first
     while argv:
         word = argv.pop(0)
@@ -58,25 +59,28 @@ def configure(cls, argv=None, saved=None):
         name, equals, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
         if not equals:
-            if types.get(name) is bool and argv[:1] not in (["True"], ["False"]):
+            if kinds.get(name) is bool and argv[:1] not in (["True"], ["False"]):
                 value = "True"
-            elif name not in types and types.get(name.removeprefix("no_")) is bool:
+            elif name not in kinds and kinds.get(name.removeprefix("no_")) is bool:
                 name, value = name.removeprefix("no_"), "False"
             elif argv and not argv[0].startswith("--"):
                 value = argv.pop(0)
-            elif name in types:
+            elif name in kinds:
                 reject(f"command line: {word} has no value: write {word}=VALUE")
         in_flags.append(("command line", name, value))
 
-    config = build(cls, in_files + in_flags)
-    if saved:
-        below = [("the saved settings", name, str(value)) for name, value in saved(config).items()]
-        config = build(cls, below + in_files + in_flags)
-    return config
+    values = read_values(cls, in_files + in_flags)
+    if saved:  # the first reading is not checked, because settings that must fit each other may be among the saved ones
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        values = saved(types.SimpleNamespace(**defaults | values)) | values
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:  # a number beyond its limits, or two settings that contradict each other
+        reject(str(error))
 
 
-def build(cls, settings):
-    """An instance of `cls`: its defaults, then each (where, name, value) in order."""
+def read_values(cls, settings):
+    """Return {name: value} of a list of (where, name, value as text), weakest first."""
     known = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for where, name, value in settings:
@@ -90,10 +94,7 @@ def build(cls, settings):
             reject(f"{where}: {name}={value} does not fit: {name} is {kind}, for example {known[name].default!r}")
         if name in PATHS:
             values[name] = os.path.expanduser(values[name])
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:  # a number beyond its limits, or two settings that contradict each other
-        reject(str(error))
+    return values
 
 
 def convert(text, kind):
