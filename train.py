@@ -112,6 +112,8 @@ class TrainConfig(ModelConfig):
                 f"muon_learning_rate is {self.muon_learning_rate!r}: it must be a number from 0 to 100, "
                 "beside a learning_rate above 0"
             )
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError("muon_learning_rate has no effect without --optimizer=muon")
         if self.block_size > self.max_position_embeddings:
             raise ValueError(
                 f"block_size {self.block_size} is longer than the context: "
@@ -282,6 +284,8 @@ def train(config):
         refuse_earlier_run(out_dir, config.overwrite)
         source = None if config.init_from == "scratch" else find_weights(config.init_from, base=config.base)
         say(source.about if source else f"a new network, from seed {config.seed}")
+        for line in differences(asdict(source.config), asdict(config)) if source else ():
+            say(f"    {line}")
         chat = "block_size" in meta or bool(source and source.chat_template)  # how an exported model ends a text
         model = build_model(config, device, source)
         optimizer, scheduler = build_optimizer(model, config)

@@ -58,6 +58,8 @@ class RunLog:
         self.file = None
         if os.environ.get("RANK", "0") == "0":
             self.open_file(iter_num)
+        if iter_num >= config.max_iters:
+            return
         epochs = self.tokens * config.max_iters / meta["train"]["tokens"]
         next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
         sharded = f", {'sharded' if world_size > 1 else 'nothing to shard'}" if config.shard else ""
@@ -73,6 +75,10 @@ class RunLog:
             f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}, then every "
             f"{config.eval_interval}, at the last one, and on Ctrl-C"
         )
+        decay = config.lr_decay_iters - (config.wsd_decay_iters if config.schedule == "wsd" else 0)
+        if config.warmup_iters > min(decay, config.max_iters):
+            end = f"the decay begins at {decay}" if decay < config.max_iters else f"the run ends at {config.max_iters}"
+            say(f"note: the peak learning rate is never reached: warmup takes {config.warmup_iters} iterations, {end}")
 
     def open_file(self, iter_num):
         """
@@ -125,10 +131,10 @@ class RunLog:
 
     def evaluation(self, iter_num, val_loss, val_stderr, best):
         """Print the loss on val.bin, and draw the curve again. best: it is the lowest so far."""
-        nats = f"{val_loss:.4f} ± {val_stderr:.4f} nats/token"
         note = " (best so far)" if best else ""
-        say(f"iter {iter_num:6d} | val loss {nats} = {val_loss * self.bits:.4f} bits/byte{note}")
-        self.write(iter=iter_num, val_loss=val_loss, val_stderr=val_stderr)
+        nats, bits = with_error(val_loss, val_stderr), val_loss * self.bits
+        say(f"iter {iter_num:6d} | val loss {nats} nats/token = {bits:.4f} bits/byte{note}")
+        self.write(iter=iter_num, val_loss=val_loss, val_stderr="" if math.isnan(val_stderr) else val_stderr)
         if self.file:
             plot_log(self.path, self.path.with_name("loss.png"), self.bits, self.resumed_at)
 
@@ -139,11 +145,16 @@ class RunLog:
         lines = [f"memory      {peak_memory(self.config.device):.2f} GB at most"]
         val = [row for row in read_log(self.path) if row.get("val_loss")]
         for row in (val[0], val[-1]) if val else ():
-            error = float(row.get("val_stderr") or "nan")
-            lines.append(f"val loss    {float(row['val_loss']):.4f} ± {error:.4f} at iteration {row['iter']}")
+            error = with_error(float(row["val_loss"]), float(row.get("val_stderr") or "nan"))
+            lines.append(f"val loss    {error} at iteration {row['iter']}")
         names = ("ckpt.pt", "log.csv", "loss.png")
         lines.append(f"files       {', '.join(str(self.path.with_name(name)) for name in names)}")
         say("\n".join(lines))
+
+
+def with_error(value, error):
+    """Return "4.6135 ± 0.1216", or the value alone if a single batch has no error."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
 
 
 def resuming(ckpt_path, checkpoint, max_iters, differences, machine):

@@ -446,11 +446,13 @@ def test_resume_restores_settings_and_prints_what_changed(place, capfd):
     assert run("--out_dir=a", "--max_iters=3", "--weight_decay=0.2") == 0
     capfd.readouterr()
     flags = ["--out_dir=a", "--init_from=resume", "--max_iters=5", "--learning_rate=0.02", "--eval_iters=1"]
+    flags += ["--min_lr=0.002"]  # above learning_rate's default: only the saved one counts
     assert run(*flags) == 0
     output = capfd.readouterr().out
     assert "resuming at iteration 4, from a/ckpt.pt" in output
     changed = re.findall(r"^    (\w+: .*)$", output, re.M)
-    assert sorted(changed) == ["eval_iters: 2 -> 1", "learning_rate: 0.01 -> 0.02", "max_iters: 3 -> 5"]
+    settings = ["eval_iters: 2 -> 1", "learning_rate: 0.01 -> 0.02", "max_iters: 3 -> 5", "min_lr: None -> 0.002"]
+    assert sorted(changed) == settings
     after = load("a")
     assert after["iter_num"] == 5 and after["config"]["weight_decay"] == 0.2
     config = TrainConfig(**after["config"])
@@ -460,11 +462,13 @@ def test_resume_restores_settings_and_prints_what_changed(place, capfd):
 def test_a_resume_at_the_end_repeats_the_last_evaluation(place, capfd):
     """Death between the last save and the end of its evaluation must not leave a hole in log.csv."""
     assert run("--out_dir=a") == 0
+    capfd.readouterr()
     before = load("a"), rows("a")
     log = Path("a/log.csv").read_text()
     Path("a/log.csv").write_text("".join(log.splitlines(keepends=True)[:-1]))  # without it
     assert run("--out_dir=a", *RESUME) == 0
-    assert "a/ckpt.pt is at iteration 12 already: nothing to train" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "a/ckpt.pt is at iteration 12 already: nothing to train" in output and "checkpoint  " not in output
     assert (differing(load("a"), before[0]), rows("a")) == ([], before[1])
 
 
@@ -500,7 +504,8 @@ def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
     (["--rope_theta=nan"], "rope_theta is nan"),
     (["--num_hidden_layers=1000000000"], "num_hidden_layers is 1000000000"),
     (["--seed=-1"], "seed is -1"),
-    (["--muon_learning_rate=-1"], "muon_learning_rate is -1.0: it must be a number from 0 to 100"),
+    (["--muon_learning_rate=0.1"], "muon_learning_rate has no effect without --optimizer=muon"),
+    (["--optimizer=muon", "--muon_learning_rate=-1"], "muon_learning_rate is -1.0: it must be a number from 0 to 100"),
     (["--muon_learning_rate=1", "--learning_rate=0"], "beside a learning_rate above 0"),
     (["--block_size=65"], "block_size 65 is longer than the context"),
     (["--log_interval=0"], "log_interval is 0: it must be a whole number from 1"),
@@ -525,7 +530,14 @@ def test_weights_bring_their_networks_settings_and_flags_hold(place, capfd):
     assert start("--out_dir=b") == 0
     assert load("b")["config"]["hidden_size"] == 32 and load("b")["config"]["max_position_embeddings"] == 64
     held = ["--rope_theta=500000", "--rms_norm_eps=0.01", "--max_position_embeddings=99"]
+    capfd.readouterr()
     assert start("--out_dir=c", *held) == 0
+    changed = re.findall(r"^    (\w+: .*)$", capfd.readouterr().out, re.M)
+    assert changed == [
+        "max_position_embeddings: 64 -> 99",
+        "rope_theta: 100000.0 -> 500000.0",
+        "rms_norm_eps: 1e-05 -> 0.01",
+    ]
     config = load("c")["config"]
     assert (config["rope_theta"], config["rms_norm_eps"], config["max_position_embeddings"]) == (5e5, 0.01, 99)
     assert rows("c")[1] != rows("b")[1]  # another network
@@ -605,6 +617,19 @@ def test_against_a_plain_loop(place):
 
 def shape_fields():
     return dataclasses.fields(train.ModelConfig)
+
+
+@pytest.mark.parametrize("flags, end", [
+    (["--warmup_iters=20", "--lr_decay_iters=99"], "takes 20 iterations, the run ends at 2"),
+    (["--warmup_iters=1", "--schedule=wsd", "--wsd_decay_iters=12"], "takes 1 iterations, the decay begins at 0"),
+    (["--warmup_iters=1"], None),
+])  # fmt: skip
+def test_a_peak_that_is_never_reached_is_noted(place, capfd, flags, end):
+    """And a single batch has no standard error."""
+    assert run("--out_dir=a", "--max_iters=2", "--eval_iters=1", *flags) == 0
+    output = capfd.readouterr().out
+    assert f"the peak learning rate is never reached: warmup {end}" in output if end else "note" not in output
+    assert "nan" not in output and "nan" not in Path("a/log.csv").read_text()
 
 
 def test_learning_rate():
