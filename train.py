@@ -10,6 +10,7 @@ Settings: the defaults below < checkpoint (on resume) < config file < --flags.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -267,8 +268,9 @@ def train(config):
             )
         if checkpoint["data"] != data_sha256:
             sys.exit(
-                f"error: data/{config.dataset} is not what {ckpt_path} was trained on: "
-                f"prepare {saved['dataset']} again, or start a new run with --init_from={ckpt_path}"
+                f"error: {config.data_dir}/{config.dataset} is not what {ckpt_path} was trained on: "
+                f"prepare {saved['dataset']} again, or begin a new run with its weights: "
+                f"--init_from={shlex.quote(str(ckpt_path))} --block_size={config.block_size} and another --out_dir"
             )
         config = replace(config, init_from=saved["init_from"])  # keep on record how the run began
         model = build_model(config, device, source=None)
@@ -437,7 +439,7 @@ def train(config):
         return 0
     number = stop_signals[0] if stop_signals else signal.SIGTERM  # another process may have received it
     say(f"stopped by {signal.Signals(number).name}: iteration {iter_num} is in {ckpt_path}")
-    say(f"to continue: python train.py --init_from=resume --out_dir={config.out_dir}")
+    say(f"to continue: python train.py --init_from=resume --out_dir={shlex.quote(config.out_dir)}")
     return 128 + number
 
 

@@ -18,6 +18,7 @@ best.pt (train.py --save_best=True) has no optimizer and no scheduler: weights t
 
 import os
 import pickle
+import shlex
 import sys
 import zipfile
 
@@ -86,8 +87,9 @@ def write_checkpoint(path, checkpoint):
 def refuse_earlier_run(out_dir, overwrite):
     """End the program with one line if out_dir holds an earlier run that a new one may not replace."""
     if (out_dir / "ckpt.pt").exists() and not overwrite:
+        quoted = shlex.quote(str(out_dir))
         sys.exit(
-            f"error: {out_dir}/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir={out_dir}; "
+            f"error: {out_dir}/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir={quoted}; "
             "to start over and lose it, --overwrite=True; to keep it, another --out_dir"
         )
 

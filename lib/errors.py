@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 
 
@@ -75,7 +76,7 @@ def one_line_errors(for_memory, folder="output"):
             sys.exit(f"error: out of memory ({first_line(error)[:200]}): {for_memory}")
         lost = r"Connection closed by peer|Connection reset by peer|gloo.*(closed|timed out|Broken pipe)|NCCL"
         if match := re.search(lost, text):
-            resume = f"run the same command with --init_from=resume --out_dir={folder}"
+            resume = f"run the same command with --init_from=resume --out_dir={shlex.quote(str(folder))}"
             sys.exit(f"error: another process of this run ended ({match[0]}): {resume}")
         raise
 

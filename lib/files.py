@@ -34,9 +34,12 @@ def written_whole(path, mode="wb", **options):
     Open a file for writing that becomes `path` when the block ends. If the block or the disk fails, the old `path`
     stays untouched, nothing is left behind, and the error goes on to the caller. options: as for open().
     """
+    path = os.path.realpath(path)  # of a symbolic link, the target is replaced
     unfinished = temporary(path)
     try:
         with open(unfinished, mode, **options) as file:
+            if os.path.exists(path):
+                os.chmod(unfinished, os.stat(path).st_mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,12 +69,19 @@ def owned_folder(folder, setting):
     `setting`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        str(folder).encode()
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+    except UnicodeEncodeError:
+        sys.exit(f"error: --{setting} is not UTF-8, and ckpt.pt could not name it: choose a different --{setting}")
     except Timeout:
-        sys.exit(f"error: {folder} is in use by another process: wait for it, stop it, or choose another --{setting}")
+        sys.exit(
+            f"error: {folder} is in use by another process: wait for it, stop it, or choose a different --{setting}"
+        )
+    except OSError as error:
+        sys.exit(f"error: {folder} cannot be written to ({error.strerror}): choose a different --{setting}")
     for leftover in folder.iterdir():
         if re.fullmatch(r".+\.\d+\.tmp", leftover.name) and leftover.is_file():
             leftover.unlink()

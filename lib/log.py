@@ -18,6 +18,7 @@ import importlib
 import math
 import os
 import secrets
+import shlex
 import sys
 from dataclasses import asdict
 from datetime import timedelta
@@ -162,7 +163,8 @@ def resuming(ckpt_path, checkpoint, max_iters, differences, machine):
     iter_num = checkpoint["iter_num"]
     lines = [f"resuming at iteration {iter_num + 1}, from {ckpt_path}"]
     if iter_num >= max_iters:
-        more = f"python train.py --init_from=resume --out_dir={ckpt_path.parent} --max_iters={iter_num + 50}"
+        quoted = shlex.quote(str(ckpt_path.parent))
+        more = f"python train.py --init_from=resume --out_dir={quoted} --max_iters={iter_num + 50}"
         lines = [
             f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat",
             f"for more: {more}",

@@ -27,6 +27,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"new\n"
 
 
+def test_the_target_of_a_link_is_replaced_and_its_mode_kept(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/a").write_bytes(b"old")
+    (tmp_path / "disk/a").chmod(0o600)
+    (tmp_path / "a").symlink_to("disk/a")
+    with written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "disk/a").read_bytes() == b"new" and (tmp_path / "a").is_symlink()
+    assert (tmp_path / "disk/a").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_folder_is_flushed_after_the_rename(tmp_path, monkeypatch):
     """Without it, a power cut can undo the rename."""
     events = []
@@ -66,7 +77,7 @@ def test_a_folder_has_one_writer(tmp_path):
     _, errors = second.communicate()
     assert second.returncode == 1
     assert errors == (
-        f"error: {tmp_path}/out is in use by another process: wait for it, stop it, or choose another --out_dir\n"
+        f"error: {tmp_path}/out is in use by another process: wait for it, stop it, or choose a different --out_dir\n"
     )
     first.kill()  # death releases the lock
     first.wait()
