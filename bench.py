@@ -24,7 +24,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +87,9 @@ def peer():
     return build_oracle(NETWORK, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0).train()
 
 
-def parameters():
-    with torch.device("meta"):  # shapes without memory
-        return sum(p.numel() for p in SmolLM2(NETWORK).parameters())
+def shapes_alone():
+    with torch.device("meta"):  # it takes no memory
+        return SmolLM2(NETWORK)
 
 
 def measure_training(who, matmul, B, T, steps, device):
@@ -179,7 +178,8 @@ def measure_llama_cpp(matmul, prompt, new):
 
 def measure_reading(dtype, B, device):
     """Tokens per second if each token of B rows only took as long as reading all weights from memory once."""
-    weights = torch.ones(parameters(), dtype=getattr(torch, dtype), device=device).view(torch.int32)
+    count = sum(p.numel() for p in shapes_alone().parameters())
+    weights = torch.ones(count, dtype=getattr(torch, dtype), device=device).view(torch.int32)
     threads = torch.get_num_threads()
     parts = weights[: len(weights) // threads * threads].view(threads, -1)
     return dict(tok_per_s=B / seconds_of(lambda: parts.amax(1), 15, device=device))
@@ -190,10 +190,7 @@ def measure_reading(dtype, B, device):
 
 
 def in_turn(repeats, **competitors):
-    """
-    Measure each competitor, a (function, *arguments), in a fresh process, `repeats` times in turn. Returns
-    {name: {figure: [values]}}.
-    """
+    """Measure each competitor, a (function, *arguments), `repeats` times in turn: {name: {figure: [values]}}."""
     figures = {name: {} for name in competitors}
     turns = tqdm(list(competitors.items()) * repeats, disable=None, leave=False, dynamic_ncols=True)
     for name, (function, *arguments) in turns:
@@ -275,8 +272,7 @@ def bench_training(table, matmul, repeats, steps, shapes, device="cpu"):
         name = f"{'' if device == 'cpu' else 'gpu_'}%s_b{B}_t{T}"
         table.row(name % "train", "tok/s", "tok_per_s", figures)
         table.row(name % "memory", "GB", "memory", figures)
-        with torch.device("meta"):  # shapes without memory
-            network = SmolLM2(NETWORK)
+        network = shapes_alone()
         if mfu(network, T, 1, device):  # a GPU whose peak is known
             for values in figures.values():
                 values["mfu"] = [100 * mfu(network, T, tok_per_s, device) for tok_per_s in values["tok_per_s"]]
@@ -301,12 +297,9 @@ def has(package):
 
 def processor():
     """The best instruction set of this CPU that matters here."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return platform.machine()
-    kinds = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
-    return next((name for flag, name in kinds.items() if flag in flags), platform.machine())
+    kinds = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512", "avx2": "avx2"}
+    capabilities = torch.cpu.get_capabilities()
+    return next((name for flag, name in kinds.items() if capabilities.get(flag)), platform.machine())
 
 
 def main(config):

@@ -57,12 +57,7 @@ TRAINING_YAML = dict(
     num_hidden_layers=30, num_key_value_heads=3, pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False,
     rope_scaling=None, rope_theta=10000.0, tie_word_embeddings=True, use_cache=True, vocab_size=49152,
 )  # fmt: skip
-# Fields of base's config.json that no weight can tell. Some are in the YAML; transformers added the others.
-FROM_YAML = {
-    name: TRAINING_YAML[name]
-    for name in ("bos_token_id", "eos_token_id", "initializer_range", "is_llama_config", "pretraining_tp",
-                 "rope_scaling", "use_cache")
-}  # fmt: skip
+# Fields of base's config.json that are not in the YAML, and that no weight can tell
 FROM_TRANSFORMERS = dict(attention_dropout=0.0, torch_dtype="bfloat16", transformers_version="4.40.1")
 PYTHON = sys.version.split()[0]
 CONFIG_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
@@ -168,15 +163,6 @@ def config_under(hypothesis, shapes, length):
     )
 
 
-def read_manual(tokenizer, context):
-    """Return ids of the running Python's reference manual, (context + 1,), longest chapters (they are prose) first."""
-    text = "\n\n".join(sorted(pydoc_data.topics.topics.values(), key=len, reverse=True))
-    ids = encode(load_tokenizer(**tokenizer), text)
-    if len(ids) <= context:
-        reject(f"--context={context} is more than the text has: {len(ids):,} tokens")
-    return torch.tensor(ids[: context + 1])
-
-
 class Difference(NamedTuple):
     """The difference in NLL of two readings of the same tokens."""
 
@@ -208,20 +194,6 @@ def compare(nll, other):
     d = nll - other
     blocks = d[: len(d) // BLOCK * BLOCK].view(-1, BLOCK).mean(1)
     return Difference(d.mean().item(), blocks.std().item() / sqrt(len(blocks)), len(d))
-
-
-def list_rivals(head_dims, claimed):
-    """Return {question, a field of Hypothesis: its values}, with those that a source claims."""
-    return {
-        "rope_layout": ("half-split", "interleaved"),
-        "head_dim": head_dims,
-        "kv_grouping": ("repeated", "tiled"),
-        "gate": ("gate_proj", "up_proj"),
-        "hidden_act": tuple(ACTIVATIONS),
-        "norm_order": ("as named", "swapped"),
-        "rope_theta": sorted({*THETAS, *(claim["rope_theta"] for claim in claimed)}),
-        "rms_norm_eps": sorted({*EPSILONS, *(claim["rms_norm_eps"] for claim in claimed)}),
-    }
 
 
 def search(reader, hypothesis, rivals, tokens, far):
@@ -391,13 +363,12 @@ def list_conflicts(findings, sources, differences):
 
 
 def prove(findings, sources, path):
-    """
-    Write base's config.json from the findings, and print where each field comes from. Return True if it is the official
-    file.
-    """
+    """Write base's config.json from the findings, and print its sources. Return True if it is the official file."""
     values = {name: finding.value for name, finding in findings.items()}
     config = ModelConfig(**{name: values[name] for name in asdict(ModelConfig()) if name in values})
-    fields = config_to_json(config, **FROM_YAML, **FROM_TRANSFORMERS)
+    evidence = findings | {"rope_interleaved": findings["rope_layout"]}
+    from_yaml = {name: value for name, value in TRAINING_YAML.items() if name not in evidence}
+    fields = config_to_json(config, **from_yaml, **FROM_TRANSFORMERS)
     fields |= {name: values[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
     fields |= {"rope_interleaved": values["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
     del fields["head_dim"]  # which the file does not have
@@ -406,13 +377,12 @@ def prove(findings, sources, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         file.write(content)
-    evidence = findings | {"rope_interleaved": findings["rope_layout"]}
     decided = {name: evidence[name].decided_by for name in fields if name in evidence}
-    others = [name for name in fields if name not in evidence | FROM_YAML]
+    others = [name for name in fields if name not in evidence | from_yaml]
     print("\n3. Proof: the base release's config.json, written from\n")
     print("evidence alone      ", ", ".join(name for name in decided if not decided[name]))
     print("evidence and source ", ", ".join(name for name in decided if decided[name]))
-    print("taken as known      ", f"{', '.join(FROM_YAML)}: from the training YAML")
+    print("taken as known      ", f"{', '.join(from_yaml)}: from the training YAML")
     print("                    ", f"{', '.join(others)}: as transformers writes them")
     digest = hashlib.sha256(content).hexdigest()
     same = digest == CONFIG_SHA256
@@ -477,7 +447,16 @@ def main(config):
     is_135m = tensor_shapes == expected_shapes(PRESETS["135M"])
     sources = public_sources(source, is_135m)
     claimed = [claim for claim in sources.values() if claim]
-    rivals = list_rivals(find_head_dims(shapes, [claim["head_dim"] for claim in claimed]), claimed)
+    rivals = {  # {question, a field of Hypothesis: its values}, with those that a source claims
+        "rope_layout": ("half-split", "interleaved"),
+        "head_dim": find_head_dims(shapes, [claim["head_dim"] for claim in claimed]),
+        "kv_grouping": ("repeated", "tiled"),
+        "gate": ("gate_proj", "up_proj"),
+        "hidden_act": tuple(ACTIVATIONS),
+        "norm_order": ("as named", "swapped"),
+        "rope_theta": sorted({*THETAS, *(claim["rope_theta"] for claim in claimed)}),
+        "rms_norm_eps": sorted({*EPSILONS, *(claim["rms_norm_eps"] for claim in claimed)}),
+    }
     hypothesis = Hypothesis(head_dim=64 if 64 in rivals["head_dim"] else rivals["head_dim"][0])
     initial = config_under(hypothesis, shapes, 1)
     require_shapes(tensor_shapes, initial, source.path)
@@ -490,7 +469,11 @@ def main(config):
     chance, reads = log(shapes.vocab_size), shapes.vocab_size >= VOCAB_SIZE
     if reads:
         tensors = {name: w.float() for name, w in tensors.items()}
-        reader = Reader(shapes, tensors, read_manual(source.tokenizer, context))
+        text = "\n\n".join(sorted(pydoc_data.topics.topics.values(), key=len, reverse=True))  # the longest are prose
+        ids = encode(load_tokenizer(**source.tokenizer), text)
+        if len(ids) <= context:
+            reject(f"--context={context} is more than the text has: {len(ids):,} tokens")
+        reader = Reader(shapes, tensors, torch.tensor(ids[: context + 1]))
         reader.nll(hypothesis, context)  # read once at full length; shorter readings are its beginnings
         # Beyond the context of training, a larger theta has a lower NLL, whether it is the true one or not.
         far = max(TOKENS, min(context, max(claim["max_position_embeddings"] for claim in claimed)))

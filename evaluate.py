@@ -201,17 +201,6 @@ def load_text(config, vocab_size, window, encoding):
 # Results: {name of a number: (value, standard error)}
 
 
-def text_results(unit, losses, sizes):
-    """Results of a text from losses (N,), in nats, or from differences of losses. sizes: (N,) bytes of the tokens."""
-    nats = np.bincount(unit, losses)
-    loss, error = ratio(nats, np.bincount(unit))
-    return {
-        "nats per token": (loss, error),
-        "perplexity": (np.exp(loss), np.exp(loss) * error),
-        "bits per byte": ratio(nats / math.log(2), np.bincount(unit, sizes)),
-    }
-
-
 MEASURES = {  # by what a choice's log-likelihood is divided
     "acc": lambda choice: 1,
     "acc_norm": len,
@@ -297,15 +286,23 @@ def main(config):
     if choices:
         scores = [answers(items, of_rows) for of_rows in losses]  # (questions, measures) each
         units = f"{len(items):,} questions"
+
+        def results(right):
+            ones = np.ones(len(right))
+            return {name: ratio(column, ones) for name, column in zip(MEASURES, right.T, strict=True)}
     else:
-        scores = [np.concatenate(of_rows) for of_rows in losses]  # (tokens,) each
-        sizes = token_sizes(encoding, vocab_size)[text.targets]
+        scores = [np.concatenate(of_rows) for of_rows in losses]  # (tokens,) each, in nats
+        sizes = token_sizes(encoding, vocab_size)[text.targets]  # in bytes
         units = f"{len(text.targets):,} tokens, {sizes.sum():,} bytes, in {text.unit.max() + 1:,} {text.units}"
 
-    def results(scores):
-        if choices:
-            return {name: ratio(right, np.ones(len(right))) for name, right in zip(MEASURES, scores.T, strict=True)}
-        return text_results(text.unit, scores, sizes)
+        def results(nats):
+            nats = np.bincount(text.unit, nats)
+            loss, error = ratio(nats, np.bincount(text.unit))
+            return {
+                "nats per token": (loss, error),
+                "perplexity": (np.exp(loss), np.exp(loss) * error),
+                "bits per byte": ratio(nats / math.log(2), np.bincount(text.unit, sizes)),
+            }
 
     columns = {name: results(of) for name, of in zip("AB", scores, strict=False)}
     if config.against:

@@ -13,6 +13,7 @@ Nothing gets its final name before transformers has computed the same logits fro
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from contextlib import suppress
@@ -28,6 +29,7 @@ from configurator import configure
 from lib.checkpoint import read_checkpoint
 from lib.errors import first_line, one_line_errors, reject, usable, way_out
 from lib.files import put_in_place, temporary
+from lib.gguf import NAMES, write_gguf
 from lib.oracle import build_oracle
 from lib.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json
 from lib.weights import config_to_json, find_weights, load_network
@@ -50,20 +52,15 @@ GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q
 
 @torch.no_grad()
 def check_logits(path):
-    """
-    End the program with one line if transformers computes other logits from the folder or .gguf than model.py does.
-    Return a line to print.
-    """
+    """End the program if transformers computes other logits from it than model.py does. Return a line to print."""
     try:
         import transformers
     except ImportError:
         return "not compared with transformers, which is not installed: pip install transformers"
     transformers.logging.disable_progress_bar()
-    model, fault = load_network(find_weights(str(path))), ""
+    model = load_network(find_weights(str(path)))
     if path.is_dir():
-        how = dict(dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
-        oracle, report = transformers.LlamaForCausalLM.from_pretrained(path, **how)
-        fault = "".join(f"has no {name}" for name in sorted(report["unexpected_keys"])[:1])
+        oracle = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     else:  # transformers reads a GGUF only with accelerate; it gets the weights that we read from the file
         oracle = build_oracle(model.config, model.state_dict())
     T = min(64, model.config.max_position_embeddings)
@@ -71,9 +68,8 @@ def check_logits(path):
     expected = oracle(idx).logits
     error = ((model(idx) - expected).norm() / expected.norm()).item()
     if not error < 1e-4:  # written so that NaN counts as wrong; equal models differ by about 1e-6
-        fault = f"computes other logits (relative error {error:.1e})"
-    if fault:
-        sys.exit(f"error: transformers' Llama {fault}: model.py is no longer a Llama")
+        fault = f"transformers' Llama computes other logits (relative error {error:.1e})"
+        sys.exit(f"error: {fault}: model.py is no longer a Llama")
     return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
 
 
@@ -150,6 +146,9 @@ def main(config):
     tokenizer = json.loads(content)
     names = name_tokens(source, tokenizer)
     model = load_network(source)
+    for name in model.state_dict():
+        if re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix(".weight") not in NAMES.values():
+            sys.exit(f"error: transformers' Llama has no {name}: model.py is no longer a Llama")
     rows = describe(source, model, run, config)
 
     unfinished = temporary(path)  # a folder: what is in it has its final name, and is checked there
@@ -157,8 +156,6 @@ def main(config):
     try:
         unfinished.mkdir(parents=True)
         if gguf:
-            from lib.gguf import write_gguf
-
             about = ", ".join(f"{label}: {value}" for label, value in rows.items())
             chat = (tokenizer, source.special_ids, source.chat_template)
             write_gguf(written, source.config, model.state_dict(), GGUF_TYPES[config.dtype], *chat, path.stem, about)

@@ -13,7 +13,6 @@ must miss the tolerance by a wide margin.
 """
 
 import json
-import mmap
 import pydoc_data.topics
 import sys
 from collections import Counter
@@ -135,10 +134,7 @@ def read_types(source, tensors):
 
 
 def choose_text(config, tokens):
-    """
-    Return (ids (1, T), a description): Python's reference manual, or random ids if the model's vocabulary is smaller
-    than the tokenizer's.
-    """
+    """Return (ids (1, T), a description): Python's reference manual, or random ids if the vocabulary is too small."""
     T = min(tokens, config.max_position_embeddings)
     if config.vocab_size < VOCAB_SIZE:
         ids = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1337))
@@ -148,10 +144,7 @@ def choose_text(config, tokens):
 
 
 def trace(model, idx):
-    """
-    Run model.py's or transformers' model on idx (1, T). Return the outputs of embed_tokens, of every layer and of the
-    last norm, {"layer 0": (T, C), ...}, and the logits (T, V).
-    """
+    """Return what embed_tokens, each layer and the last norm compute, {name: (T, C)}, and the logits (T, V)."""
     layers = {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
     first, last = model.get_submodule("model.embed_tokens"), model.get_submodule("model.norm")
     states, hooks = {}, []
@@ -236,38 +229,27 @@ def check_files(checklist, source, tensors, model):
         checklist.skip("every value, bit for bit", f"{kind}, not the release's safetensors")
         return
     loaded, same = model.state_dict(), []
-    for file in files:
-        for name, values in read_raw(file):
-            mine = loaded["model.embed_tokens.weight" if name == "lm_head.weight" else name]
-            if torch.equal(mine.view(torch.int32), values.view(torch.int32)):
-                same.append(name)
+    dtypes = {kind: dtype for dtype, kind in TYPE_NAMES.items()}
+    for path in files:  # without the safetensors library: the header's length (8 bytes), the header (JSON), the values
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+            for name, entry in header.items():
+                if entry.get("dtype") not in dtypes:
+                    continue
+                begin, end = entry["data_offsets"]
+                file.seek(start + begin)
+                values = torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtypes[entry["dtype"]]).float()
+                mine = loaded["model.embed_tokens.weight" if bare(name) == "lm_head.weight" else bare(name)]
+                if torch.equal(mine.view(torch.int32), values.view(entry["shape"]).view(torch.int32)):
+                    same.append(bare(name))
     wrong = [name for name in tensors if name not in same]
     measured = f"{len(same)} of {len(tensors)} tensors"
     checklist.row("every value, bit for bit", not wrong, measured, "all", wrong[:5])
 
 
-def read_raw(path):
-    """
-    Yield (name in model.py, values in fp32) from a safetensors file. This reads the published layout without the
-    library: the length of the header (8 bytes, little-endian), the header (JSON), the values.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
-        start = 8 + int.from_bytes(content[:8], "little")
-        for name, entry in json.loads(content[8:start]).items():
-            dtype = next((dtype for dtype, kind in TYPE_NAMES.items() if kind == entry.get("dtype")), None)
-            if dtype is not None:
-                begin, end = (start + offset for offset in entry["data_offsets"])
-                yield (
-                    bare(name),
-                    torch.frombuffer(bytearray(content[begin:end]), dtype=dtype).view(entry["shape"]).float(),
-                )
-
-
 def check_values(checklist, reference, copy, types):
-    """
-    Check that every value of the copy is within the rounding of its type. reference, copy: {name: tensor}.
-    Return the largest error, in units of that rounding.
-    """
+    """Check every value of the copy against the rounding of its type. Return the largest error in units of it."""
     common = [name for name in reference if name in copy and copy[name].shape == reference[name].shape]
     wrong, worst = [], 0.0
     for name in common:
@@ -325,40 +307,37 @@ def check_decoding(checklist, source, model, oracle, idx, logits):
         expected = torch.cat((expected, oracle(expected).logits[:, -1:].argmax(-1)), dim=1)
     same = next((i for i, (a, b) in enumerate(zip(ids, expected[0, 3:], strict=True)) if a != b), n)
     checklist.row(f"greedy text, {n} tokens", same == n, f"the first {same} are the same", "all")
-    name = f"greedy ids after {PROMPT}"
     if BASE_SHA256 in (digest for digest, _ in source.files.values()):
-        checklist.row(name, ids[:2] == CONTINUATION, f"{ids[:2]}", f"{CONTINUATION}")
+        checklist.row(f"greedy ids after {PROMPT}", ids[:2] == CONTINUATION, f"{ids[:2]}", f"{CONTINUATION}")
     else:
-        checklist.skip(name, "these weights are not the base release's")
+        checklist.skip(f"greedy ids after {PROMPT}", "these weights are not the base release's")
 
     filled = T - n
     caches = [KVCache(T) for _ in model.model.layers]
     model.hidden(idx[:, :filled], caches)
     h = torch.cat([model.hidden(idx[:, t : t + 1], caches) for t in range(filled, T)], dim=1)[0]
     error = largest_difference(model.head(h), logits[filled:T])
-    name = f"cached decoding, positions {filled} on"
-    checklist.within(name, error, EXACT.logits, f"largest difference {error:.1e}")
-
-
-def wrong_models(config, tensors):
-    """Yield (name, model): the same weights and shapes, with one thing wrong. The model is None if nothing changes."""
-    theta, middle = config.rope_theta / 10, config.num_hidden_layers // 2
-    yield f"rope_theta {theta:,.0f}", build_variant(replace(config, rope_theta=theta), tensors)
-    yield "interleaved RoPE", build_variant(config, tensors, rope_layout="interleaved")
-    grouped = 1 < config.num_key_value_heads < config.num_attention_heads
-    yield "tiled KV heads", build_variant(config, tensors, kv_grouping="tiled") if grouped else None
-    yield "GELU for SiLU", build_variant(config, tensors, hidden_act="gelu")
-    model = build_variant(config, tensors)
-    model.model.layers[middle].input_layernorm = nn.Identity()
-    yield f"no input_layernorm in layer {middle}", model
+    measured = f"largest difference {error:.1e}"
+    checklist.within(f"cached decoding, positions {filled} on", error, EXACT.logits, measured)
 
 
 def check_controls(checklist, model, idx, expected):
-    """Compare each wrong model with the reference's logits (T, V)."""
+    """Compare models of the same weights and shapes, each with one thing wrong, with the reference's logits (T, V)."""
     T = min(512, idx.shape[1])  # a quarter of the text is enough
     idx, expected, bound = idx[:, :T], expected[:T], MARGIN * EXACT.logits
     nll = mean_nll(expected, idx)
-    for name, wrong in wrong_models(model.config, model.state_dict()):
+    config, tensors = model.config, model.state_dict()
+    theta, middle = config.rope_theta / 10, config.num_hidden_layers // 2
+    grouped = 1 < config.num_key_value_heads < config.num_attention_heads
+    unnormed = build_variant(config, tensors)
+    unnormed.model.layers[middle].input_layernorm = nn.Identity()
+    for name, wrong in {
+        f"rope_theta {theta:,.0f}": build_variant(replace(config, rope_theta=theta), tensors),
+        "interleaved RoPE": build_variant(config, tensors, rope_layout="interleaved"),
+        "tiled KV heads": build_variant(config, tensors, kv_grouping="tiled") if grouped else None,
+        "GELU for SiLU": build_variant(config, tensors, hidden_act="gelu"),
+        f"no input_layernorm in layer {middle}": unnormed,
+    }.items():
         if wrong is None:
             checklist.skip(name, "the same network with these numbers of heads")
             continue
@@ -384,10 +363,6 @@ def check_training_state(checklist, path):
     iterations = {checkpoint["iter_num"], checkpoint["scheduler"]["last_epoch"]} | steps
     measured = ", ".join(map(str, iterations))
     checklist.row("iteration: ckpt.pt, schedule, optimizer", len(iterations) == 1, measured, "one number")
-
-
-# ---------------------------------------------------------------------------------------------
-# The two things to verify
 
 
 def verify_model(checklist, source, is_135m, tokens):
@@ -442,8 +417,7 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
 
     idx, text = choose_text(reference.config, tokens)
     checklist.heading("The copy in model.py against the reference in transformers, in fp32", f"on {text}")
-    loadable = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    fits = fits and {n: t.shape for n, t in loadable.items()} == {n: t.shape for n, t in state.items()}
+    fits = fits and expected_shapes(source.config) == expected_shapes(reference.config)
     if not fits or source.config.max_position_embeddings < idx.shape[1]:
         checklist.skip("hidden states, logits, NLL", "the copy's tensors do not fit the network")
         return
@@ -451,7 +425,8 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
     tolerance = max((TOLERANCES[kind] for kind in kinds), key=lambda t: t.hidden, default=EXACT)  # the coarsest counts
     expected = trace(build_oracle(reference.config, state), idx)
     del state
-    check_model(checklist, trace(build(source.config, loadable), idx), expected, idx, tolerance)
+    tensors.pop("lm_head.weight", None)
+    check_model(checklist, trace(build(source.config, tensors), idx), expected, idx, tolerance)
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ TEMPLATE = (  # the same turns in Jinja, as the wheel's GGUF has them, byte for 
 def chat_ids(encoding, messages, generation_prompt=False):
     """
     (ids, mask) of a conversation: two lists of int of one length. The mask is 1 at the content of the assistant's
-    messages and at the <|im_end|> that closes each, and 0 at all else.
+    messages and at the <|im_end|> that closes each, and 0 at all else. White space at the start of an answer may merge
+    with the header's newline. The mask of such a token is 0: the assistant never writes it, because the newline is
+    there before it begins.
 
     messages           list of {"role": str, "content": str}; SYSTEM comes first if the first is not the system's
     generation_prompt  end where the assistant's next answer begins
@@ -38,23 +40,13 @@ def chat_ids(encoding, messages, generation_prompt=False):
         header = f"{message['role']}\n"
         text = encode(encoding, header + message["content"])  # in one piece, as Hugging Face does
         learned = int(message["role"] == "assistant")
-        read = header_length(encoding, header, text) if learned else len(text)
+        first, size = 0, 0  # the first token that is all content; the bytes before it
+        while size < len(header):
+            size += len(encoding.decode_single_token_bytes(text[first]))
+            first += 1
         ids += [start, *text, end, *newline]
-        mask += [0] * (1 + read) + [1] * (len(text) - read) + [learned] + [0] * len(newline)
+        mask += [0] * (1 + first) + [learned] * (len(text) - first + 1) + [0] * len(newline)
     if generation_prompt:
         ids += [start, *encode(encoding, "assistant\n")]
         mask += [0] * (len(ids) - len(mask))
     return ids, mask
-
-
-def header_length(encoding, header, ids):
-    """
-    How many of `ids`, which begin with the header, come before the first that is all content. White space at the
-    start of the content may merge with the header's newline. Such a token is the header's: the assistant never writes
-    it, because the newline is there before it begins.
-    """
-    length, rest = 0, len(header)  # in bytes, for the header is ASCII
-    while rest > 0:
-        rest -= len(encoding.decode_single_token_bytes(ids[length]))
-        length += 1
-    return length

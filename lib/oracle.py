@@ -6,7 +6,6 @@ Compare model.py with an independent implementation, and with models that are wr
 """
 
 import sys
-from functools import partial
 
 import torch.nn.functional as F
 
@@ -66,9 +65,9 @@ def build_variant(
     model = build(config, state)
     if hidden_act != "silu":
         for block in model.model.layers:
-            block.mlp.forward = partial(run_mlp, block.mlp, ACTIVATIONS[hidden_act])
+
+            def forward(x, mlp=block.mlp):
+                return mlp.down_proj(ACTIVATIONS[hidden_act](mlp.gate_proj(x)) * mlp.up_proj(x))
+
+            block.mlp.forward = forward
     return model
-
-
-def run_mlp(mlp, activation, x):
-    return mlp.down_proj(activation(mlp.gate_proj(x)) * mlp.up_proj(x))

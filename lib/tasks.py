@@ -79,10 +79,7 @@ def without_brackets(text):
 
 
 def read_items(rows, limit=None):
-    """
-    The Items of rows, which are (where, dict): all, or the first `limit`. A row that is no item ends the program with
-    one line.
-    """
+    """The Items of rows, (where, dict) each: all, or the first `limit`. A row that is no item ends the program."""
     items = []
     for where, row in itertools.islice(rows, limit):
         with usable(where, "give rows of query, choices, gold, or take this one out"):
@@ -100,5 +97,4 @@ def file_rows(path):
 
 def hub_task_rows(name):
     """Yield (where, row) for each row of a task's dataset on the Hub, kept in the cache of the datasets library."""
-    hint = "connect, or give --items=FILE, a local copy of its rows"
-    return read_hub_rows(*TASKS[name], hint, streaming=False)
+    return read_hub_rows(*TASKS[name], "connect, or give --items=FILE, a local copy of its rows", streaming=False)

@@ -14,9 +14,8 @@ from configurator import configure
 def test_ratios_are_of_medians(capsys):
     table = SpeedTable()
     table.row("x", "s", "seconds", dict(ours=dict(seconds=[1, 9, 2]), peer=dict(seconds=[4]), limit=dict(seconds=[1])))
-    assert table.rows["x"] == dict(
-        unit="s", ours=2, peer=4, limit=1, ratio=0.5, share=2.0, spread=dict(ours=[1, 9], peer=[4, 4], limit=[1, 1])
-    )
+    spread = dict(ours=[1, 9], peer=[4, 4], limit=[1, 1])
+    assert table.rows["x"] == dict(unit="s", ours=2, peer=4, limit=1, ratio=0.5, share=2.0, spread=spread)
     assert capsys.readouterr().out.splitlines()[-1].split() == "x 2.00 4.00 - - 1.00 s 0.50 - - 2.00 1 to 9".split()
 
 
@@ -35,8 +34,6 @@ def test_bars_are_shares_of_the_limit(monkeypatch):
     assert bars == {
         "transformers": [0.25, 0.25], "transformers, tuned": [0.5], "llama.cpp": [1.1], "this project": [0.75, 0.75]
     }  # fmt: skip
-    places = sorted(bar.get_y() for bars in axes.containers for bar in bars)
-    assert all(b - a > 0.19 for a, b in zip(places, places[1:], strict=False))  # none hides another
 
 
 def test_every_row_with_a_gpu(capsys, monkeypatch):
@@ -66,9 +63,10 @@ def test_every_row_with_a_gpu(capsys, monkeypatch):
 
 def test_ours_and_the_peer_are_the_same_network():
     ours, peer = bench.ours(), bench.peer()
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters()) == bench.parameters()
+    assert ours.training and peer.training
     shapes = {name: p.shape for name, p in peer.named_parameters()}
-    assert {name: p.shape for name, p in ours.named_parameters()} == shapes
+    for network in (ours, bench.shapes_alone()):
+        assert {name: p.shape for name, p in network.named_parameters()} == shapes
     peer.load_state_dict(ours.state_dict(), strict=False)
     ids = torch.arange(40)[None]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -9,8 +9,9 @@ from typing import Literal
 
 import pytest
 
-import train
-from configurator import check_limits, configure, differences
+from configurator import OTHER_NAMES, check_limits, configure, differences
+from sample import SampleConfig
+from train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Config(Base):
 
 @pytest.fixture
 def config_file(tmp_path):
-    def write(text, name="run.py"):
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
+    def write(text):
+        (tmp_path / "run.py").write_text(text)
+        return str(tmp_path / "run.py")
 
     return write
 
@@ -71,20 +72,15 @@ def test_the_weakest_to_the_strongest(config_file, monkeypatch):
         seen.append(config)
         return {"max_iters": 10, "learning_rate": 0.1, "top_k": 10}
 
-    assert configure(Config, []) == Config()
     assert changed(saved=saved) == {"max_iters": 10, "learning_rate": 0.1, "top_k": 10}
     assert changed(path) == {"max_iters": 20, "learning_rate": 0.2}
     assert changed(path, saved=saved) == {"max_iters": 20, "learning_rate": 0.2, "top_k": 10}
     expected = {"max_iters": 20, "learning_rate": 0.3, "top_k": 10}
     assert changed(path, "--learning_rate=0.3", saved=saved) == expected
     assert changed("--learning_rate=0.3", path, saved=saved) == expected
-    assert vars(seen[-1]) == asdict(
-        Config(max_iters=20, learning_rate=0.3)
-    )  # the checkpoint's reader sees file and flags
+    assert (seen[-1].max_iters, seen[-1].learning_rate) == (20, 0.3)  # the checkpoint's reader sees file and flags
     assert changed("--top_k=None", saved=saved) == {"max_iters": 10, "learning_rate": 0.1}
-    assert changed(saved=lambda config: {}) == {}
     assert changed("--max_iters=1", "--max_iters=2") == {"max_iters": 2}
-    assert changed(path, config_file("max_iters = 21\n", "later.py")) == {"max_iters": 21, "learning_rate": 0.2}
     monkeypatch.setattr(sys, "argv", ["train.py", "--max_iters=8"])
     assert configure(Config).max_iters == 8
 
@@ -92,10 +88,9 @@ def test_the_weakest_to_the_strongest(config_file, monkeypatch):
 @pytest.mark.parametrize("flag, setting", [
     ("--max_iters=5_050", {"max_iters": 5_050}), ("--max-iters=7", {"max_iters": 7}),
     ("--max_iters=-3", {"max_iters": -3}), ("--learning_rate=1E-5", {"learning_rate": 1e-5}),
-    ("--learning_rate=1", {"learning_rate": 1.0}), ("--compile=True", {"compile": True}), ("--compile=False", {}),
-    ("--top_k=5", {"top_k": 5}), ("--top_k=None", {}), ("--dtype=bfloat16", {"dtype": "bfloat16"}),
-    ("--out_dir=", {"out_dir": ""}), ("--out_dir=a b=--c", {"out_dir": "a b=--c"}),
-    ("--out_dir=--help me", {"out_dir": "--help me"}), ("--out_dir=None", {"out_dir": "None"}),
+    ("--learning_rate=1", {"learning_rate": 1.0}), ("--compile=True", {"compile": True}), ("--top_k=5", {"top_k": 5}),
+    ("--top_k=None", {}), ("--dtype=bfloat16", {"dtype": "bfloat16"}), ("--out_dir=", {"out_dir": ""}),
+    ("--out_dir=--help me=--c", {"out_dir": "--help me=--c"}), ("--out_dir=None", {"out_dir": "None"}),
     ("--out_dir=~/a", {"out_dir": os.path.expanduser("~/a")}),
 ])  # fmt: skip
 def test_a_flag_is_read_as_its_type(flag, setting):
@@ -133,31 +128,16 @@ dtype = 'float32'
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("line", [
-    "import os", "from math import sqrt", "open('exploded', 'w')", "max_iters = len('abc')", "max_iters = unknown",
-    "max_iters = [1][0]", "max_iters += 1", "max_iters, top_k = 1, 2", "max_iters = 2 ** 9", "max_iters: int = 3",
-    "def f(): pass", "if True: max_iters = 3", "max_iters = __import__('os').getpid()", "max_iters = top_k = 3",
-    "max_iters = lambda: 3", "max_iters = f'{open}'", "max_iters = (x := 3)", "max_iters = 'a'.upper()",
-])  # fmt: skip
-def test_nothing_in_a_config_file_is_run(line, config_file, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert_rejected([config_file(f"top_k = 1\n{line}\n")], ["run.py, line 2"], capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.py"]
-
-
 @pytest.mark.parametrize("argv, words", [
     (["--maxiters=3"], ["command line", "maxiters", "did you mean max_iters?"]),
-    (["--learning_rat", "3"], ["did you mean learning_rate?"]), (["--compil"], ["did you mean compile?"]),
     (["--zzz=3"], ["zzz", "--help"]), (["--no-max_iters"], ["no setting is named no_max_iters"]),
     (["--max_iters=many"], ["command line", "max_iters=many", "int", "5000"]),
-    (["--max_iters=1.5"], ["max_iters=1.5", "int"]), (["--max_iters=1\n2"], ["max_iters", "int"]),
-    (["--learning_rate=fast"], ["learning_rate=fast", "float", "0.0003"]),
+    (["--max_iters=1\n2"], ["max_iters", "int"]), (["--learning_rate=fast"], ["learning_rate=fast", "float", "0.0003"]),
     (["--compile=maybe"], ["compile=maybe", "bool", "False"]), (["--top_k=few"], ["top_k=few", "int | None"]),
     (["--dtype=float64"], ["dtype=float64", "'auto', 'float32', 'bfloat16'"]),
     (["--max_iters"], ["--max_iters has no value", "--max_iters=VALUE"]),
     (["--max_iters", "--compile=True"], ["--max_iters has no value"]),
-    (["no/such.py"], ["config file no/such.py: No such file or directory"]),
-    (["max_iters=3"], ["config file max_iters=3", "No such file"]),
+    (["max_iters=3"], ["config file max_iters=3: No such file or directory"]),
 ])  # fmt: skip
 def test_a_wrong_command(argv, words, capsys):
     assert_rejected(argv, words, capsys)
@@ -166,7 +146,6 @@ def test_a_wrong_command(argv, words, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--max_iters=13"], ["max_iters 13 contradicts all else"]),
     (["--learning_rate=nan"], ["learning_rate is nan: it must be a number from 0 to 100"]),
-    (["--learning_rate=-6e-4"], ["learning_rate is -0.0006"]),
     (["--top_k=0"], ["top_k is 0: it must be a number from 1 to 1,048,576"]),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(argv, words, capsys):
@@ -175,27 +154,29 @@ def test_settings_that_do_not_fit(argv, words, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
+    *((f"top_k = 1\n{line}\n", ["run.py, line 2"]) for line in (
+        "import os", "open('exploded', 'w')", "max_iters = len('abc')", "max_iters = unknown", "max_iters = [1][0]",
+        "max_iters += 1", "max_iters, top_k = 1, 2", "max_iters = 2 ** 9", "def f(): pass", "max_iters = f'{open}'",
+    )),
     ("maxiters = 3\n", ["run.py", "maxiters", "did you mean max_iters?"]),
-    ("max_iters = 'many'\n", ["run.py", "max_iters=many", "int"]),
     ("max_iters = 1e3\n", ["run.py", "max_iters=1000.0", "int"]),
     ("max_iters = [1, 2]\n", ["run.py, line 1", "[1, 2]", "neither a value nor arithmetic"]),
     ("\nmax_iters = \n", ["run.py, line 2", "invalid syntax"]),
     ("max_iters = 1 / 0\n", ["run.py, line 1", "division by zero"]),
     ("max_iters = 'a' - 1\n", ["run.py, line 1", "unsupported operand"]), ("\0", ["run.py", "null bytes"]),
     ("max_iters = " + 10_000 * "(" + "1" + 10_000 * ")", ["run.py"]),
-    ("max_iters = " + 5_000 * "-" + "1", ["run.py"]),
 ])  # fmt: skip
-def test_a_wrong_config_file(text, words, config_file, capsys):
+def test_a_wrong_config_file(text, words, config_file, capsys, tmp_path, monkeypatch):
+    """Nothing in it is run."""
+    monkeypatch.chdir(tmp_path)
     assert_rejected([config_file(text)], words, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.py"]
 
 
-@pytest.mark.parametrize("theirs, ours", [
-    ("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"), ("n_head", "num_attention_heads"),
-    ("always_save_checkpoint", "save_best"), ("checkpoint_blocks", "activation_checkpointing"),
-    ("official", "init_from"), ("weights", "init_from"), ("ckpt", "init_from"),
-])  # fmt: skip
-def test_other_names_are_answered_with_ours(theirs, ours, capsys):
-    assert_rejected([f"--{theirs}=3"], [theirs, f"did you mean {ours}?"], capsys, train.TrainConfig)
+def test_other_names_are_answered_with_ours(capsys):
+    for theirs, ours in OTHER_NAMES.items():
+        script = SampleConfig if ours == "prompt" else TrainConfig
+        assert_rejected([f"--{theirs}=3"], [theirs, f"did you mean {ours}?"], capsys, script)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--max_iters=many", "--help"]])
@@ -206,8 +187,7 @@ def test_help_lists_every_setting(argv, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for line in (
         "What the script is for.",
-        "--out_dir str, default 'out' where everything goes",
-        "--max_iters int, default 5000 number of updates",
+        "--out_dir str, default 'out' where everything goes",  # inherited
         "--learning_rate float, default 0.0003 at the peak",
         "--compile bool, default False compile each block",
         "--top_k int | None, default None keep the k most likely",
@@ -219,14 +199,12 @@ def test_help_lists_every_setting(argv, capsys):
 def test_output_that_is_not_utf8_does_not_end_a_run():
     """As on Windows, when it goes to a file."""
     script = "from train import TrainConfig, configure; configure(TrainConfig, []); print('✓', 'é')"
-    env = dict(os.environ, PYTHONIOENCODING="latin-1", PYTHONPATH=str(Path(train.__file__).parent))
-    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True)
+    env, root = dict(os.environ, PYTHONIOENCODING="latin-1"), Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", script], env=env, cwd=root, capture_output=True)
     assert (result.returncode, result.stdout.split()) == (0, [b"?", b"\xe9"]), result.stderr
 
 
 def test_differences():
     old = asdict(Config())
-    assert differences(old, old) == []
-    assert differences(old, old | {"max_iters": 5_050, "top_k": 3, "new": 1}) == [
-        "max_iters: 5000 -> 5050", "top_k: None -> 3",
-    ]  # fmt: skip
+    new = old | {"max_iters": 5_050, "top_k": 3, "new": 1}
+    assert differences(old, old) == [] and differences(old, new) == ["max_iters: 5000 -> 5050", "top_k: None -> 3"]

@@ -6,8 +6,6 @@ import re
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,6 @@ from networks import llama, load, save, save_checkpoint, tiny, write_dataset
 import evaluate
 from configurator import configure
 from evaluate import EvaluateConfig, answers, choice_rows, score, windows
-from lib.batches import ratio
 from lib.oracle import build_oracle
 from lib.tasks import TASKS, Item, file_rows, hub_task_rows, read_items
 
@@ -60,11 +57,6 @@ def out_dir(tmp_path_factory, network):
     return folder
 
 
-@pytest.fixture(scope="module")
-def peer(real_model):
-    return build_oracle(real_model.config, real_model.state_dict())
-
-
 # ---------------------------------------------------------------------------------------------
 # Multiple choice
 
@@ -79,8 +71,6 @@ QUESTIONS = [  # (question, choices, index of the right one)
 SENTENCES = [  # (beginning, two ways to fill the gap, end, index of the right one)
     ("The cup did not fit in the box because the ", "box", "cup", "was too large.", 1),
     ("Ann thanked Mary because ", "Ann", "Mary", "had helped.", 1),
-    ("The dog chased the cat until the ", "dog", "cat", "climbed a tree.", 1),
-    ("Tom asked Bill for money because ", "Tom", "Bill", "was rich.", 1),
     ("The rope broke, not the chain, for the ", "rope", "chain", "was the weaker one.", 0),
     ("Jane sold Eve her car, so ", "Jane", "Eve", "'s garage is empty.", 0),
 ]
@@ -91,7 +81,6 @@ SCENES = [  # (raw ctx_a, raw ctx_b, the question that they make)
     ("How to bake [title] Heat the oven. [step] Wait.", "", "Baking: How to bake. Heat the oven. Wait."),
     ("[header] Flour is sifted.", "the", "Baking: Flour is sifted. The"),
     ("Sugar  is weighed [substeps] twice.", "it", "Baking: Sugar is weighed twice. It"),
-    ("The dough rests [title] Rest it.", "we", "Baking: The dough rests. Rest it. We"),
 ]
 CLEAN = ["pours it into a pan.", " flies away on a broom.", "sings, and leaves.", "is a spoon."]
 NO = [("What comes first?", ["a", "b"], 0), ("", ["The capital", "Zqx vrt"], 0)]  # and an empty question
@@ -120,7 +109,7 @@ def layouts():
         ),
         "hellaswag": (
             [dict(activity_label="Baking", ctx_a=a, ctx_b=b, endings=ENDINGS, label="0") for a, b, _ in SCENES],
-            [[(query, " " + end) for end in CLEAN] for *_, query in SCENES], [0] * 6,
+            [[(query, " " + end) for end in CLEAN] for *_, query in SCENES], [0] * 5,
         ),
         "arc": (
             [dict(question=q, choices=m, answerKey="ABCD"[g])
@@ -142,36 +131,29 @@ def flat(pairs):
 
 
 def test_items_of_each_layout(tmp_path):
-    """From .jsonl, .json and .parquet: the texts and the right answers."""
+    """The texts and the right answers."""
     for name, (rows, pairs, gold) in layouts().items():
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / "a.json").write_text(json.dumps(rows))
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-        for kind in ("jsonl", "json", "parquet"):
-            items = read_items(file_rows(tmp_path / f"a.{kind}"))
-            found = [list(zip(i.contexts, (" " + c for c in i.continuations), strict=True)) for i in items]
-            assert found == pairs, name
-            assert [item.gold for item in items] == gold, name
-
-
-SCORED = ("query", "winogrande", "hellaswag")  # the other layouts make the same texts
-
-
-def scored_items():
-    return [item for name in SCORED for item in read_items(enumerate(layouts()[name][0]))]
-
-
-def scored_pairs():
-    return flat(flat(layouts()[name][1] for name in SCORED))
+        items = read_items(file_rows(tmp_path / "a.jsonl"))
+        found = [list(zip(i.contexts, (" " + c for c in i.continuations), strict=True)) for i in items]
+        assert found == pairs, name
+        assert [item.gold for item in items] == gold, name
 
 
 @torch.no_grad()
-def test_log_likelihoods_as_transformers(real_model, peer, encoding, hf_tokenizer):
-    """Of each choice, alone in its batch, by the harness's rule: what follows the ids of the context is scored."""
-    rows, cut = choice_rows(scored_items(), encoding, 2_048)
+def test_log_likelihoods_as_transformers_and_lm_evaluation_harness(real_model, encoding, hf_tokenizer):
+    """
+    Of each choice, alone in its batch, by the harness's rule: what follows the ids of the context is scored. The
+    harness itself takes part where it is installed: pip install --no-deps lm_eval==0.4.13 accelerate==1.15.0.
+    """
+    peer = build_oracle(real_model.config, real_model.state_dict())
+    scored = [layouts()[name] for name in ("query", "winogrande", "hellaswag")]  # the others make the same texts
+    items = [item for rows, *_ in scored for item in read_items(enumerate(rows))]
+    choices = flat(flat(pairs for _, pairs, _ in scored))
+    rows, cut = choice_rows(items, encoding, 2_048)
     ours = [-losses.sum() for losses in score(real_model, rows, 8, "cpu", "float32")]
     theirs = []
-    for context, continuation in scored_pairs():
+    for context, continuation in choices:
         ids = hf_tokenizer.encode(context + continuation).ids
         before = len(hf_tokenizer.encode(context.rstrip()).ids)
         if not context:
@@ -181,9 +163,6 @@ def test_log_likelihoods_as_transformers(real_model, peer, encoding, hf_tokenize
     assert cut == 0 and len(ours) == len(theirs) > 50
     np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=0)
 
-
-def test_log_likelihoods_as_lm_evaluation_harness(real_model, peer, encoding, hf_tokenizer):
-    """The harness itself, where it is installed: pip install --no-deps lm_eval==0.4.13 accelerate==1.15.0."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -192,10 +171,7 @@ def test_log_likelihoods_as_lm_evaluation_harness(real_model, peer, encoding, hf
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=hf_tokenizer, bos_token=end, eos_token=end, pad_token=end)
     harness = HFLM(pretrained=peer, tokenizer=tokenizer, device="cpu", batch_size=8)
-    pairs = scored_pairs()
-    theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
-    rows, _ = choice_rows(scored_items(), encoding, 2_048)
-    ours = [-losses.sum() for losses in score(real_model, rows, 8, "cpu", "float32")]
+    theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in choices], disable_tqdm=True)
     np.testing.assert_allclose(ours, [value for value, _ in theirs], atol=1e-3, rtol=0)
 
 
@@ -246,7 +222,7 @@ def test_tasks_from_the_hub(capfd, tmp_path, out_dir, monkeypatch):
         assert len(read_items(hub_task_rows(task), limit=4)) == 4
     assert asked == list(TASKS.values())
     found, output = numbers(capfd, tmp_path, "--task=winogrande", f"--out_dir={out_dir}")
-    assert "winogrande: 6 questions, 12 choices" in output
+    assert "winogrande: 4 questions, 8 choices" in output
     assert found["A"]["acc"] == found["A"]["acc_norm"] == found["A"]["acc_bytes"]  # one and the same text is scored
 
 
@@ -255,7 +231,7 @@ def test_tasks_from_the_hub(capfd, tmp_path, out_dir, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window, stride", [(16, 4), (10, 3), (13, 13), (7, 1), (64, 20)])
+@pytest.mark.parametrize("window, stride", [(10, 3), (13, 13), (7, 1), (64, 20)])
 def test_each_token_is_scored_once_as_transformers(tmp_path, window, stride):
     network = llama()
     stream = np.random.default_rng(0).integers(96, size=60)
@@ -337,11 +313,6 @@ def test_conversations_are_scored_where_they_are_learned(capfd, tmp_path, out_di
     assert "holds conversations in rows of 16: leave --window and --stride out" in code
 
 
-def test_a_mean_and_its_error():
-    values = np.random.default_rng(0).normal(size=40)
-    assert ratio(values, np.ones(40)) == pytest.approx((values.mean(), values.std(ddof=1) / 40**0.5))
-
-
 # ---------------------------------------------------------------------------------------------
 # Errors
 
@@ -351,16 +322,11 @@ GOOD = '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
 @pytest.mark.parametrize("content, message", [
     ("", "holds no question"),
     (GOOD + '{"text": "a"}', r"line 2 cannot be used .\['text'\] is no layout of an item.: give rows of query"),
-    ("[1]", r"line 1 .*\[1\] is no layout"),
-    ("{", "line 1 cannot be used .*JSON"),
     (GOOD.replace('"gold": 0', '"gold": 2'), "line 1 .*the right answer is 2, which is none of its 2"),
-    (GOOD.replace('"gold": 0', '"gold": "b"'), "the right answer is 'b'"),
     (GOOD.replace('"b"', '""'), "a choice is empty"),
     (GOOD.replace('"b", "c"', '"b"'), "fewer than two"),
-    (GOOD.replace('["b", "c"]', "7"), "line 1 cannot be used"),
     (GOOD.replace('"b"', "null"), "a choice is not text"),
     ('{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "line 1 cannot be used"),
-    ('{"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": ""}', "line 1 cannot be used"),
     (GOOD.replace('"b"', '"' + "word " * 200 + '"'), r"has \d+ tokens, which a window of 128 cannot score"),
 ])  # fmt: skip
 def test_bad_items(capfd, tmp_path, out_dir, content, message):
@@ -370,23 +336,16 @@ def test_bad_items(capfd, tmp_path, out_dir, content, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--dataset=nothing"], "nothing/meta.json does not exist: run python prepare_data.py"),
-    (["--text=nothing.txt"], "nothing.txt cannot be used .No such file"),
     (["--text=rows.jsonl"], "rows.jsonl holds rows: python prepare_data.py --dataset=rows.jsonl"),
     (["--text=empty.txt"], "empty.txt holds no text"),
-    (["--text=binary.txt"], "binary.txt: a binary file, not text"),
     (["--text=notes.txt", "--window=129"], "window 129 is longer than the context, 128: lower"),
-    (["--text=notes.txt", "--stride=129"], "stride 129 is longer than window 128"),
     (["--text=notes.txt", "--window=8", "--stride=9"], "stride 9 is longer than window 8"),
-    (["--items=nothing.jsonl"], "nothing.jsonl is not a file"),
     (["--items=notes.txt"], "notes.txt is not a file of rows"),
-    (["--text=notes.txt", "--against=bsae"], "did you mean base"),
     (["--text=notes.txt", "--against=small"], "the text has the id .*, but the weights only 96 ids"),
-    (["--text=notes.txt", "--device=cuda:9"], "device cuda:9 cannot be used"),
 ])  # fmt: skip
 def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("notes.txt", TEXT), ("rows.jsonl", "{}"), ("empty.txt", ""), ("binary.txt", "\0\1" * 99)):
+    for name, content in (("notes.txt", TEXT), ("rows.jsonl", "{}"), ("empty.txt", "")):
         (tmp_path / name).write_text(content)
     if "--against=small" in flags:
         save(tmp_path / "small")
@@ -396,9 +355,7 @@ def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
 
 @pytest.mark.parametrize("flags, message", [
     (["--text=a", "--items=b"], "--text and --items are both given"),
-    (["--task=arc"], "task=arc does not fit"),
     (["--limit=0"], "limit is 0: it must be a number from 1"),
-    (["--batch_size=-1"], "batch_size is -1"),
     (["--task=piqa", "--stride=9"], "--stride is for text"),
     (["--init_from=wheel", "--base=base"], "--base=base is for LoRA adapters"),
 ])  # fmt: skip

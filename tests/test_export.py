@@ -1,7 +1,6 @@
 """export.py: what transformers and llama.cpp load from an export is the model in the checkpoint."""
 
 import json
-import re
 import resource
 import shutil
 import sys
@@ -48,17 +47,10 @@ def quiet(caplog):
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """(the model, the path of its checkpoint)"""
-    return write(tmp_path), tmp_path / "ckpt.pt"
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_loads_the_same_model(trained, dtype, capsys, quiet):
-    model, path = trained
-    export.main(configure(ExportConfig, [f"--out_dir={path.parent}", f"--dtype={dtype}"]))
-    folder = path.parent / "export"
+def test_transformers_loads_the_same_model(tmp_path, dtype, capsys, quiet):
+    model, folder = write(tmp_path), tmp_path / "export"
+    export.main(configure(ExportConfig, [f"--out_dir={tmp_path}", f"--dtype={dtype}"]))
     assert f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}" in capsys.readouterr().out
     peer, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -80,7 +72,7 @@ def test_transformers_loads_the_same_model(trained, dtype, capsys, quiet):
         assert line in card, line
 
 
-def test_a_chat_model_stops_where_it_should(tmp_path, quiet):
+def test_a_chat_model_keeps_its_template_and_its_ends(tmp_path, quiet):
     """The special ids and the template of the wheel's own header, in the words of transformers."""
     write(tmp_path, chat=True)
     export.main(ExportConfig(out_dir=str(tmp_path)))
@@ -93,15 +85,6 @@ def test_a_chat_model_stops_where_it_should(tmp_path, quiet):
     for where in (peer.config, peer.generation_config, tokenizer):
         assert [getattr(where, name) for name in ids] == list(header.values())[1:] == [1, 2, 2]
     assert tokenizer.chat_template == header["chat_template"] == TEMPLATE
-    messages = [{"role": "user", "content": "Hi"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    T = prompt["input_ids"].shape[1]
-
-    def im_end_third(ids, scores):
-        return scores.index_fill(1, torch.tensor(2), 1e9 if ids.shape[1] == T + 2 else -1e9)
-
-    new = peer.generate(**prompt, max_new_tokens=9, do_sample=False, logits_processor=[im_end_third])[0, T:]
-    assert len(new) == 3 and new[-1] == 2
 
 
 # ---- A folder with tokens, special ids and a template of its own
@@ -140,8 +123,7 @@ def test_a_folders_own_tokens_are_kept(stranger, tmp_path, quiet):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(generation_config={"eos_token_id": 49_154}), "eos_token_id = 49154 is no token"),
-    (dict(generation_config={"eos_token_id": [2, "</s>"]}), "eos_token_id = [2, '</s>'] is no token"),
+    (dict(generation_config={"eos_token_id": [2, 49_154]}), "eos_token_id = [2, 49154] is no token"),
     (dict(generation_config={"eos_token_id": 2, "pad_token_id": [2]}), "pad_token_id = [2] is no token"),
     (dict(tokenizer={"model": {}}), "tokenizer"),
 ])  # fmt: skip
@@ -174,8 +156,8 @@ def test_a_gguf_is_read_back(exported_gguf):
     model, tokenizer, path = exported_gguf
     source, back = find_weights(str(path)), load(path)
     assert asdict(back.config) == asdict(model.config) | {"initializer_range": back.config.initializer_range}
-    for (name, ours), theirs in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(model.state_dict().values(), back.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
     assert tokenizer_json(path)[0] == json.dumps(tokenizer, ensure_ascii=False, indent=2).encode()
     assert source.special_ids == dict(bos_token_id=0, eos_token_id=49_152)
     assert source.chat_template == "{{ messages }}"
@@ -188,17 +170,10 @@ def test_llama_cpp_computes_the_same(exported_gguf):
     assert peer.tokenize(TEXT.encode(), add_bos=True) == encode(load_tokenizer(), TEXT)
     assert peer.metadata["tokenizer.chat_template"] == "{{ messages }}" and peer.token_eos() == 49_152
     prompt = encode(load_tokenizer(), TEXT)
-    ours = [i.item() for i in model.generate(torch.tensor([prompt]), 64, temperature=0)]
     peer.eval(prompt)
-    theirs = []
-    for _ in range(64):
-        theirs.append(int(peer.scores[peer.n_tokens - 1].argmax()))
-        peer.eval(theirs[-1:])
-    assert theirs == ours
     with torch.no_grad():
-        expected = model(torch.tensor([prompt + ours]))[0]
-    error = (torch.tensor(peer.scores[: len(expected)]) - expected).norm() / expected.norm()
-    assert error < 1e-4, error
+        expected = model(torch.tensor([prompt]))[0]
+    assert (torch.tensor(peer.scores[: len(prompt)]) - expected).norm() < 1e-4 * expected.norm()
     peer.close()
 
 
@@ -217,23 +192,24 @@ def test_flags_that_contradict_each_other_are_refused(flags, words, tmp_path, mo
     assert stop.value.code == 2 and words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form, name", [("hf", "export"), ("gguf", "export.gguf")])
-def test_an_export_is_not_overwritten(form, name, trained):
-    (trained[1].parent / name).mkdir()
-    message = refusal(export.main, ExportConfig(out_dir=str(trained[1].parent), format=form))
-    assert f"{name} is there already: move it away" in message
+def test_an_export_is_not_overwritten(tmp_path):
+    for form, name in (("hf", "export"), ("gguf", "export.gguf")):
+        (tmp_path / name).mkdir()
+        message = refusal(export.main, ExportConfig(out_dir=str(tmp_path), format=form))
+        assert f"{name} is there already: move it away" in message
 
 
 @pytest.mark.parametrize("form, bytes", [("hf", 500), ("gguf", 500), ("gguf", 10**7)])  # the header, then the tensors
-def test_a_full_disk(form, bytes, trained):
+def test_a_full_disk(form, bytes, tmp_path):
+    write(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, limits[1]))  # the file system's own error, without filling a disk
     try:
         with pytest.raises(SystemExit, match=r"^error: .*export(.gguf)? could not be written \(.*: (free|the disk is)"):
-            export.main(ExportConfig(out_dir=str(trained[1].parent), format=form))
+            export.main(ExportConfig(out_dir=str(tmp_path), format=form))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in trained[1].parent.iterdir()] == ["ckpt.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 class WithQKNorm(model_py.Attention):
@@ -247,19 +223,21 @@ def gelu(self, x):
 
 
 @pytest.mark.parametrize("form, change, message", [
-    ("hf", ("Attention", WithQKNorm), "transformers' Llama has no model.layers.0.self_attn.q_norm.weight"),
-    ("hf", ("MLP.forward", gelu), "transformers' Llama computes other logits (relative error"),
-    ("gguf", ("MLP.forward", gelu), "transformers' Llama computes other logits (relative error"),
+    ("hf", ("Attention", WithQKNorm), "has no model.layers.0.self_attn.q_norm.weight"),
+    ("gguf", ("Attention", WithQKNorm), "has no model.layers.0.self_attn.q_norm.weight"),
+    ("hf", ("MLP.forward", gelu), "computes other logits (relative error"),
+    ("gguf", ("MLP.forward", gelu), "computes other logits (relative error"),
 ])  # fmt: skip
 def test_a_changed_model_is_not_called_a_llama(form, change, message, monkeypatch, tmp_path):
     monkeypatch.setattr(f"model.{change[0]}", change[1])
     write(tmp_path)
-    with pytest.raises(SystemExit, match="^error: " + re.escape(message) + ".*: model.py is no longer a Llama"):
-        export.main(ExportConfig(out_dir=str(tmp_path), format=form))
+    found = refusal(export.main, ExportConfig(out_dir=str(tmp_path), format=form))
+    assert f"error: transformers' Llama {message}" in found and found.endswith(": model.py is no longer a Llama")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_without_transformers_it_names_what_was_not_compared(trained, capsys, monkeypatch):
+def test_without_transformers_it_names_what_was_not_compared(tmp_path, capsys, monkeypatch):
+    write(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    export.main(ExportConfig(out_dir=str(trained[1].parent)))
+    export.main(ExportConfig(out_dir=str(tmp_path)))
     assert "not compared with transformers, which is not installed" in capsys.readouterr().out

@@ -6,21 +6,19 @@ real layers, so that a run takes a second or two. Two tests verify the whole mod
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from networks import llama, permuted, refusal, save, write_gguf
-from safetensors.torch import load_file, save_file
+from networks import llama, permuted, save, save_checkpoint, tiny, write_gguf
+from safetensors.torch import save_file
 
 import model as model_py
 import verify
-from lib.checkpoint import write_checkpoint
-from lib.weights import build, find_weights
-from model import ModelConfig, SmolLM2
+from lib.checkpoint import read_checkpoint, write_checkpoint
+from lib.weights import build, config_to_json, find_weights
+from model import SmolLM2
 from verify import VerifyConfig
 
 
@@ -54,8 +52,7 @@ def number(row):
 
 def write_folder(path, config, tensors):
     path.mkdir(exist_ok=True)
-    settings = asdict(config) | dict(model_type="llama", tie_word_embeddings=True)
-    (path / "config.json").write_text(json.dumps(settings))
+    (path / "config.json").write_text(json.dumps(config_to_json(config)))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
     return path
 
@@ -88,7 +85,6 @@ def test_the_real_weights(run):
         "embed_tokens": "[49152, 576]",
         "q_proj": "[576, 576] (9 heads)",
         "k_proj": "[192, 576] (3 KV heads)",
-        "v_proj": "[192, 576]",
         "gate_proj": "[1536, 576]",
         "biases": "0",
         "the head is tied": "no lm_head",
@@ -100,39 +96,14 @@ def test_the_real_weights(run):
         assert number(rows[name]) > 10 * 5e-4
 
 
-def wrong_rotate(x, cos, sin):
-    x1, x2 = x[..., 0::2], x[..., 1::2]
-    return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
-
-
-def patch_load(monkeypatch, change):
-    """Let verify.py check a model that `change` has changed after it was loaded."""
-    load = verify.load_network
-
-    def load_changed(source):
-        model = load(source)
-        change(model)
-        return model
-
-    monkeypatch.setattr(verify, "load_network", load_changed)
-
-
 def test_a_wrong_model_py_is_caught(run, standin, monkeypatch):
     assert not run(init_from=standin[2])[0]
-    monkeypatch.setattr(model_py, "rotate", wrong_rotate)
+    rotate = model_py.rotate
+    monkeypatch.setattr(model_py, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
     failed, _, rows = run(init_from=standin[2])
     assert failed and rows["hidden states, 4 layers (relative)"].measured == "first wrong at layer 0"
     wrong = {"logits at all 64 positions", "argmax token", "mean NLL, nats per token (relative)"}
     assert wrong <= set(names(rows, "✗"))
-    monkeypatch.undo()
-
-    class Reversed(model_py.Block):
-        def forward(self, x, cos, sin, cache=None):
-            return super().forward(x, cos.flip(0), sin, cache)
-
-    patch_load(monkeypatch, lambda model: setattr(model.model.layers[2], "__class__", Reversed))
-    failed, _, rows = run(init_from=standin[2])
-    assert failed and rows["hidden states, 4 layers (relative)"].measured == "first wrong at layer 2"
 
 
 def test_a_broken_cache_is_caught(run, standin, monkeypatch):
@@ -147,25 +118,14 @@ def test_a_broken_cache_is_caught(run, standin, monkeypatch):
     assert failed and {"cached decoding, positions 496 on", "greedy text, 16 tokens"} <= set(names(rows, "✗"))
 
 
-def test_a_control_that_passes_is_caught(run, standin, monkeypatch):
-    build_variant = verify.build_variant
-
-    def same_theta(config, tensors, **changes):
-        return build_variant(replace(config, rope_theta=100_000.0), tensors, **changes)
-
-    monkeypatch.setattr(verify, "build_variant", same_theta)
-    failed, _, rows = run(init_from=standin[2])
-    assert failed and names(rows, "✗") == ["rope_theta 10,000"]
-    assert rows["rope_theta 10,000"].measured.startswith("passes")
-
-
-def test_small_weights_prove_nothing(run, tmp_path):
-    """With std 0.02, as before training, the logits hardly depend on theta, so the control must fail."""
+def test_a_control_that_passes_is_caught(run, tmp_path):
+    """With std 0.02, as before training, the logits hardly depend on theta."""
     network = llama(max_position_embeddings=512)
     for p in network.parameters():
         p.data.mul_(0.1 if p.dim() > 1 else 1.0)
     failed, _, rows = run(init_from=save(tmp_path / "small", network))
-    assert failed and "too small to tell" in rows["rope_theta 2,000"].measured
+    assert failed and "rope_theta 2,000" in names(rows, "✗")
+    assert rows["rope_theta 2,000"].measured.startswith("passes") and "too small" in rows["rope_theta 2,000"].measured
 
 
 def test_without_transformers(run, standin, monkeypatch):
@@ -191,25 +151,23 @@ def test_the_rows_of_the_official_base(run, real_model, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "CONTINUATION", json.loads(rows[greedy].measured))
     assert not run(init_from=folder)[0]
 
-    def change(model):
-        model.model.layers[3].mlp.up_proj.weight.view(torch.int32)[5, 7] ^= 1  # the last bit of one value
+    load_network = verify.load_network
 
-    patch_load(monkeypatch, change)
+    def load_changed(source):
+        model = load_network(source)
+        model.model.layers[3].mlp.up_proj.weight.view(torch.int32)[5, 7] ^= 1  # the last bit of one value
+        return model
+
+    monkeypatch.setattr(verify, "load_network", load_changed)
     failed, _, rows = run(init_from=folder)
     assert failed and names(rows, "✗") == ["every value, bit for bit"]
     assert rows["every value, bit for bit"].notes == ["model.layers.3.mlp.up_proj.weight"]
 
 
-def theta(value):
-    return dict(rope_parameters={"rope_type": "default", "rope_theta": value})
-
-
 @pytest.mark.parametrize("changes", [
-    dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, **theta(100_000.0)),
-    dict(hidden_size=72, num_attention_heads=3, num_key_value_heads=3, **theta(130_000.0)),
-    dict(num_attention_heads=8, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-4),
-    dict(hidden_size=40, head_dim=18),
-    dict(num_key_value_heads=1, rms_norm_eps=1e-3, sharded=True, **theta(5_000.0)),
+    dict(hidden_size=72, num_attention_heads=3, num_key_value_heads=3),
+    dict(hidden_size=40, num_attention_heads=8, head_dim=18, rms_norm_eps=1e-4),
+    dict(num_key_value_heads=1, rms_norm_eps=1e-3, sharded=True),
 ])  # fmt: skip
 def test_folders_that_transformers_wrote(run, tmp_path, changes):
     shards = dict(max_shard_size="100KB") if changes.pop("sharded", False) else {}
@@ -229,36 +187,23 @@ def test_folders_that_transformers_wrote(run, tmp_path, changes):
 # Copies
 
 
-def checkpoint_of(config, tensors, **changes):
-    settings = asdict(config) | dict(dataset="python", max_iters=1)
-    empty = dict(data={}, chat=False, machine={})
-    contents = dict(model=tensors, optimizer={}, scheduler={}, iter_num=0, best_val_loss=9.9, config=settings, **empty)
-    return contents | changes
-
-
-def sound_copies(config, tensors, folder):
-    """Yield (path, the coarsest type in it) of copies that are as good as their type allows."""
-    fp32 = {name: tensor.float() for name, tensor in tensors.items()}
-    yield write_folder(folder / "bf16", config, tensors), "BF16"
-    yield write_folder(folder / "fp32", config, fp32), "F32"
-    yield write_folder(folder / "fp16", config, {name: tensor.half() for name, tensor in tensors.items()}), "F16"
-    head = {"lm_head.weight": fp32["model.embed_tokens.weight"].clone()}
-    yield write_folder(folder / "head", config, fp32 | head), "F32"
-    write_checkpoint(folder / "ckpt.pt", checkpoint_of(config, fp32))
-    yield folder / "ckpt.pt", "F32"
-    for kind in ("F32", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q4_0", "MXFP4"):  # the gguf package does not write the K types
-        yield write_gguf(folder / f"{kind}.gguf", build(config, tensors), kind), kind
-
-
 def test_sound_copies_pass(run, standin, tmp_path):
+    """Each copy is as good as its type allows."""
     config, tensors, _ = standin
     noise = torch.Generator().manual_seed(0)  # 1 %: without it, values from a Q4_1 file fit Q4_1 exactly
     tensors = {
         n: (t.float() * (1 + 0.01 * torch.randn(t.shape, generator=noise))).bfloat16() for n, t in tensors.items()
     }
-    reference = write_folder(tmp_path / "reference", config, tensors)
-    for path, kind in sound_copies(config, tensors, tmp_path):
-        failed, out, rows = run(init_from=path, against=reference)
+    network = build(config, tensors)
+    save_checkpoint(tmp_path, network)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    copies = [(tmp_path / "ckpt.pt", "F32"), (write_folder(tmp_path / "head", config, tensors | head), "BF16")]
+    for dtype, kind in verify.TYPE_NAMES.items():
+        copies.append((write_folder(tmp_path / kind, config, {n: t.to(dtype) for n, t in tensors.items()}), kind))
+    for kind in ("F32", "Q8_0", "Q4_1", "MXFP4"):  # the gguf package does not write the K types
+        copies.append((write_gguf(tmp_path / f"{kind}.gguf", network, kind), kind))
+    for path, kind in copies:
+        failed, out, rows = run(init_from=path, against=tmp_path / "BF16")
         assert not failed and not names(rows, "skipped"), out
         tolerance = verify.TOLERANCES["F32" if kind == "BF16" else kind]  # the reference is bf16 too: no rounding
         assert float(rows["hidden states, 4 layers (relative)"].bound.split()[1]) == tolerance.hidden
@@ -279,16 +224,8 @@ def test_a_type_without_tolerances_is_skipped(run, standin, tmp_path, monkeypatc
     assert rows["values, hidden states, logits, NLL"].measured == "the rounding of MXFP4 is not known here"
 
 
-@pytest.mark.parametrize("kind", verify.BELOW_8_BITS)
-def test_the_types_below_8_bits_are_read(kind):
-    """The gguf package reads them, so that a copy in them can be judged."""
-    kind = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    assert gguf.dequantize(np.zeros((1, size), dtype=np.uint8), kind).shape == (1, block)
-
-
 EMBED, LAYER = "model.embed_tokens.weight", "model.layers.2"
-Q, K, O_PROJ = (f"{LAYER}.self_attn.{part}_proj.weight" for part in "qko")
+Q, K = (f"{LAYER}.self_attn.{part}_proj.weight" for part in "qk")
 GATE, UP, BIAS = f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight", f"{LAYER}.self_attn.q_proj.bias"
 
 
@@ -304,9 +241,7 @@ FAULTS = {  # name: (tensors -> those that change, with None for one that is rem
     "extra bias": (lambda t: {BIAS: torch.zeros(576).bfloat16()}, f"not part of the network: {BIAS}"),
     "gate and up swapped": (lambda t: {GATE: t[UP], UP: t[GATE]}, f"{GATE}: "),
     "q transposed": (lambda t: {Q: t[Q].T}, f"{Q}: "),
-    "o transposed": (lambda t: {O_PROJ: t[O_PROJ].T}, f"{O_PROJ}: "),
     "k transposed": (lambda t: {K: t[K].T}, f"{K} is [576, 192], not [192, 576]"),
-    "one value": (lambda t: {Q: one_value(t[Q], 0.5)}, ONE),
     "one last bit": (lambda t: {Q: one_value(t[Q], t[Q][100, 200].item() * 2**-7)}, ONE),
     "not a number": (lambda t: {Q: one_value(t[Q], float("nan"))}, ONE),
     "llama.cpp's order": (lambda t: {Q: permuted(t[Q], 9), K: permuted(t[K], 3)}, f"{K}: "),
@@ -323,7 +258,7 @@ def test_a_copy_with_one_fault_fails_and_is_named(run, standin, tmp_path, fault)
     tensors = {name: tensor for name, tensor in (tensors | spoil(tensors)).items() if tensor is not None}
     failed, out, rows = run(init_from=write_folder(tmp_path / "copy", config, tensors), against=reference)
     assert failed and named in out, out
-    if fault in ("gate and up swapped", "q transposed", "o transposed", "llama.cpp's order", "not a number"):
+    if fault in ("gate and up swapped", "q transposed", "llama.cpp's order", "not a number"):
         assert rows["hidden states, 4 layers (relative)"].measured == "first wrong at layer 2"
 
 
@@ -340,48 +275,35 @@ def test_a_copy_with_another_config(run, standin, tmp_path):
     assert names(rows, "skipped") == ["hidden states, logits, NLL"]
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "MXFP4"])
-def test_a_fault_in_a_quantized_file(run, standin, tmp_path, kind):
+def test_a_fault_in_a_gguf_or_a_checkpoint(run, standin, tmp_path):
     config, tensors, reference = standin
     changed = tensors | {UP: tensors[UP].float()}
     changed[UP][3, 5] += 0.5
-    copy = write_gguf(tmp_path / "copy.gguf", build(config, changed), kind)
+    copy = write_gguf(tmp_path / "copy.gguf", build(config, changed), "Q4_1")
     failed, out, _ = run(init_from=copy, against=reference)
     assert failed and f"{UP}: " in out
     changed = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
-    copy = write_gguf(tmp_path / "flipped.gguf", build(config, changed), kind)
+    copy = write_gguf(tmp_path / "flipped.gguf", build(config, changed), "Q4_1")
     failed, out, rows = run(init_from=copy, against=reference)
     assert failed and "argmax token" in names(rows, "✗"), out
-
-
-def test_faults_in_other_kinds_of_file(run, standin, tmp_path):
-    config, tensors, reference = standin
     extra = [("blk.2.attn_q.bias", torch.zeros(576))]
-    path = write_gguf(tmp_path / "bias.gguf", build(config, tensors), extra=extra)
-    failed, out, _ = run(init_from=path, against=reference)
+    copy = write_gguf(tmp_path / "bias.gguf", build(config, tensors), extra=extra)
+    failed, out, _ = run(init_from=copy, against=reference)
     assert failed and "not part of the network: blk.2.attn_q.bias" in out
-    failed, out, _ = run(init_from=path)
-    assert failed and "contradict its config" in out and "blk.2.attn_q.bias" in out
-
-    fp32 = {name: tensor.float() for name, tensor in tensors.items()}
-    write_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(config, fp32 | {Q: one_value(fp32[Q], 1e-6)}))
+    save_checkpoint(tmp_path, build(config, tensors | {Q: one_value(tensors[Q].float(), 1e-6)}))
     failed, out, _ = run(init_from=tmp_path / "ckpt.pt", against=reference)
     assert failed and ONE in out
 
 
 def test_the_whole_model_with_one_value_changed(run, real_model, tmp_path):
-    """All 30 layers in bf16 against the wheel: first sound, then with 0.5 added to one of 134,515,008 values."""
+    """All 30 layers in bf16 against the wheel, with 0.5 added to one of 134,515,008 values: only that is wrong."""
     tensors = {name: tensor.bfloat16() for name, tensor in real_model.state_dict().items()}
-    copy = write_folder(tmp_path / "copy", real_model.config, tensors)
-    failed, out, rows = run(init_from=copy, against="base", tokens=32)
-    assert not failed and not names(rows, "skipped"), out
-
     name = "model.layers.17.self_attn.q_proj.weight"
     tensors[name][12, 34] += 0.5
-    write_folder(copy, real_model.config, tensors)
+    copy = write_folder(tmp_path / "copy", real_model.config, tensors)
     failed, out, rows = run(init_from=copy, against="base", tokens=32)
     assert failed and f"{name}: 1 of 331,776 values" in out
-    assert names(rows, "✗") == ["every value, as BF16 rounds it"]
+    assert names(rows, "✗") == ["every value, as BF16 rounds it"] and not names(rows, "skipped")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -391,12 +313,8 @@ def test_the_whole_model_with_one_value_changed(run, real_model, tmp_path):
 @pytest.fixture
 def trained(tmp_path):
     """A checkpoint after two updates, as train.py writes it: (path, contents)."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=512, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    model = SmolLM2(config)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    model = tiny(vocab_size=512, max_position_embeddings=64, initializer_range=0.2, **heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
     idx = torch.arange(64)[None]
@@ -404,9 +322,10 @@ def trained(tmp_path):
         model(idx, idx.roll(-1)).backward()
         optimizer.step()
         scheduler.step()
-    contents = checkpoint_of(config, model.state_dict(), optimizer=optimizer.state_dict())
-    contents |= dict(scheduler=scheduler.state_dict(), iter_num=2)
+    save_checkpoint(tmp_path, model)
     path = tmp_path / "ckpt.pt"
+    contents = read_checkpoint(path, resume=False)
+    contents |= dict(optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), iter_num=2)
     write_checkpoint(path, contents)
     return path, contents
 
@@ -414,12 +333,7 @@ def trained(tmp_path):
 def test_a_trained_checkpoint(run, trained):
     path, contents = trained
     failed, out, rows = run(init_from=path)
-    unknown = [
-        "every value, bit for bit",
-        "mean NLL of the text, nats per token",
-        "greedy ids after [22007, 6463, 314]",
-    ]
-    assert not failed and names(rows, "skipped") == unknown, out
+    assert not failed and len(names(rows, "skipped")) == 3, out
     assert rows["finite moments"].result == rows["logits at all 64 positions"].result == "✓"
     assert rows["iteration: ckpt.pt, schedule, optimizer"].measured == "2"
     best = {name: value for name, value in contents.items() if name not in ("optimizer", "scheduler")}
@@ -431,23 +345,18 @@ def test_a_trained_checkpoint(run, trained):
 
 def test_a_faulty_checkpoint(run, trained):
     path, contents = trained
-    weights, settings = contents["model"], contents["config"]
+    weights = contents["model"]
     up = "model.layers.1.mlp.up_proj.weight"
     moments = {i: dict(state) for i, state in contents["optimizer"]["state"].items()}
     moments[5]["exp_avg"] = moments[5]["exp_avg"] * float("inf")
-    head = weights["model.embed_tokens.weight"] + 1
     for changes, row, named in (
-        (dict(model=weights | {up: weights[up] * float("nan")}), None, f"{up} holds NaN"),
-        (dict(model=weights | {"lm_head.weight": head}), None, "an lm_head.weight of its own"),
-        (dict(config=settings | {"num_hidden_layers": 3}), None, "contradict its config"),
-        (dict(config=settings | {"num_key_value_heads": 3}), None, "multiple of num_key_value_heads"),
         (dict(optimizer={"state": moments}), "finite moments", "exp_avg of parameter 5"),
         (dict(model=weights | {up: weights[up].bfloat16()}), "their types", f"{up} is BF16"),
         (dict(iter_num=3), "iteration: ckpt.pt, schedule, optimizer", "2, 3"),
     ):
         write_checkpoint(path, contents | changes)
         failed, out, rows = run(init_from=path)
-        assert failed and names(rows, "✗") == ([row] if row else []) and named in out, out
+        assert failed and names(rows, "✗") == [row] and named in out, out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -458,19 +367,6 @@ def test_one_token_leaves_nothing_to_predict(capsys):
     with pytest.raises(SystemExit) as stop:
         verify.main(VerifyConfig(tokens=1))
     assert stop.value.code == 2 and "--tokens=1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("setting", ["init_from", "against"])
-def test_weights_that_are_not_there(standin, tmp_path, setting):
-    config = VerifyConfig(**dict(init_from=str(standin[2])) | {setting: str(tmp_path / "no")})
-    assert "no release and no path is called" in refusal(verify.main, config)
-
-
-def test_the_values_of_a_safetensors_file_are_read_without_its_library(standin):
-    path = standin[2] / "model.safetensors"
-    theirs, mine = load_file(path), dict(verify.read_raw(path))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name].float()) for name in theirs)
 
 
 def test_the_command_line(trained):
