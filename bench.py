@@ -185,10 +185,6 @@ def measure_reading(dtype, B, device):
     return dict(tok_per_s=B / seconds_of(lambda: parts.amax(1), 15, device=device))
 
 
-# ---------------------------------------------------------------------------------------------
-# Taking turns, and the table
-
-
 def in_turn(repeats, **competitors):
     """Measure each competitor, a (function, *arguments), `repeats` times in turn: {name: {figure: [values]}}."""
     figures = {name: {} for name in competitors}

@@ -156,11 +156,9 @@ class Reader:
 def config_under(hypothesis, shapes, length):
     """Return the ModelConfig of a Hypothesis, with a context of `length` tokens."""
     sizes, D = shapes._asdict(), hypothesis.head_dim
-    heads, kv_heads = sizes.pop("q_width") // D, sizes.pop("kv_width") // D
+    heads = dict(num_attention_heads=sizes.pop("q_width") // D, num_key_value_heads=sizes.pop("kv_width") // D)
     numbers = dict(head_dim=D, rope_theta=hypothesis.rope_theta, rms_norm_eps=hypothesis.rms_norm_eps)
-    return ModelConfig(
-        **sizes, **numbers, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=length
-    )
+    return ModelConfig(**sizes, **heads, **numbers, max_position_embeddings=length)
 
 
 class Difference(NamedTuple):

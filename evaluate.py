@@ -140,10 +140,6 @@ def choice_rows(items, encoding, window):
     return rows, cut
 
 
-# ---------------------------------------------------------------------------------------------
-# Text
-
-
 class Text(NamedTuple):
     """A text as rows, with what is known of each of its N scored tokens."""
 

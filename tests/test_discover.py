@@ -83,9 +83,8 @@ def test_rival_is_that_network_in_transformers(rival):
     D = hypothesis.head_dim
     theirs = llama(
         hidden_size=96, num_attention_heads=192 // D, num_key_value_heads=64 // D, head_dim=D,
-        hidden_act=hypothesis.hidden_act,
+        hidden_act=hypothesis.hidden_act, rms_norm_eps=hypothesis.rms_norm_eps, attn_implementation="eager",
         rope_parameters={"rope_type": "default", "rope_theta": hypothesis.rope_theta},
-        rms_norm_eps=hypothesis.rms_norm_eps, attn_implementation="eager",
     )  # fmt: skip
     tensors = {name: w.detach().clone() for name, w in theirs.model.state_dict(prefix="model.").items()}
     ids = torch.randint(96, (65,), generator=torch.Generator().manual_seed(0))
