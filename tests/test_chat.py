@@ -52,10 +52,10 @@ def theirs(peer, messages, **how):
 
 @settings(max_examples=150, deadline=None)
 @given(turns=st.lists(TURN, min_size=1, max_size=4))
-@example([("system", "In German.\n"), ("user", "Good morning"), ("assistant", "Guten Morgen – schön, é 日本 😀")])
-@example([("user", "q"), ("assistant", "\n\n1 after blank lines"), ("assistant", " 7"), ("assistant", "\tx")])
-@example([("assistant", "I begin."), ("tool", '{"temperature": 21.5}'), ("system", "late"), ("Assistant", "not me")])
-@example([("user", "\x04odd\x06 bytes"), ("assistant", "no\x04\n token")])
+@example(turns=[("system", "In German.\n"), ("user", "Good morning"), ("assistant", "Morgen – schön, é 日本 😀")])
+@example(turns=[("user", "q"), ("assistant", "\n\n1 after blank lines"), ("assistant", " 7"), ("assistant", "\tx")])
+@example(turns=[("assistant", "I begin."), ("tool", '{"t": 21.5}'), ("system", "late"), ("Assistant", "not me")])
+@example(turns=[("user", "\x04odd\x06 bytes"), ("assistant", "no\x04\n token")])
 def test_any_conversation(turns, peer, encoding):
     messages = say(*turns)
     assert chat_ids(encoding, messages) == theirs(peer, messages)
