@@ -280,29 +280,20 @@ def bench_decoding(table, matmul, repeats, new, shapes, device="cpu"):
     for B, prompt, way in shapes:
         names = ("ours", "peer") if device == "cpu" else ("ours", "peer", "peer_tuned")
         competitors = {who: (measure_decoding, who, way, B, prompt, new, device) for who in names}
-        if device == "cpu" and B == 1 and has("llama_cpp"):
+        if device == "cpu" and B == 1 and importlib.util.find_spec("llama_cpp"):
             competitors["llama_cpp"] = (measure_llama_cpp, way, prompt, new)
         figures = in_turn(repeats, **competitors, limit=(measure_reading, way[0], B, device))
         name = f"{'' if device == 'cpu' else 'gpu_'}decode_b{B}" + (f"_t{prompt}" if prompt > 16 else "")
         table.row(name + ("" if way == matmul else "_fp32"), "tok/s", "tok_per_s", figures)
 
 
-def has(package):
-    return importlib.util.find_spec(package) is not None
-
-
-def processor():
-    """The best instruction set of this CPU that matters here."""
-    kinds = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512", "avx2": "avx2"}
-    capabilities = torch.cpu.get_capabilities()
-    return next((name for flag, name in kinds.items() if capabilities.get(flag)), platform.machine())
-
-
 def main(config):
-    if not has("transformers"):
+    if not importlib.util.find_spec("transformers"):
         sys.exit("error: the comparison needs transformers: pip install -r requirements-dev.txt")
     matmul, fp32 = pick_matmul("auto", "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
-    cpu, threads = processor(), torch.get_num_threads()
+    kinds = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512", "avx2": "avx2"}
+    capabilities, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
+    cpu = next((name for flag, name in kinds.items() if capabilities.get(flag)), platform.machine())
     machine = f"{cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}"
     print(f"SmolLM2-135M on {machine}; minutes a row", flush=True)
     table = SpeedTable()

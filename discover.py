@@ -97,15 +97,6 @@ def read_shapes(tensor_shapes, path):
         )
 
 
-def require_shapes(tensor_shapes, config, path):
-    """End the program with one line unless {name: shape} is exactly that of a model with this config."""
-    expected = expected_shapes(config)
-    for name in expected | tensor_shapes:
-        if tensor_shapes.get(name) != expected.get(name):
-            stored, implied = (list(shapes.get(name, ())) or "missing" for shapes in (tensor_shapes, expected))
-            sys.exit(f"error: {path}: {name} is {stored}, but by the other tensors it must be {implied}")
-
-
 def find_head_dims(shapes, claimed):
     """Return the head dimensions that divide both widths: multiples of 32, and those that a source claims."""
     Q, K = shapes.q_width, shapes.kv_width
@@ -457,7 +448,11 @@ def main(config):
     }
     hypothesis = Hypothesis(head_dim=64 if 64 in rivals["head_dim"] else rivals["head_dim"][0])
     initial = config_under(hypothesis, shapes, 1)
-    require_shapes(tensor_shapes, initial, source.path)
+    expected = expected_shapes(initial)
+    for name in expected | tensor_shapes:
+        if tensor_shapes.get(name) != expected.get(name):
+            stored, implied = (list(group.get(name, ())) or "missing" for group in (tensor_shapes, expected))
+            sys.exit(f"error: {source.path}: {name} is {stored}, but by the other tensors it must be {implied}")
     findings = from_shapes(shapes)
     count = sum(w.numel() for w in tensors.values())
     print(f"\n1. Names and shapes: {len(tensors)} tensors, {count:,} values, no bias, no head but embed_tokens\n")

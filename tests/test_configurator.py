@@ -86,10 +86,9 @@ def test_the_weakest_to_the_strongest(config_file, monkeypatch):
 
 
 @pytest.mark.parametrize("flag, setting", [
-    ("--max_iters=5_050", {"max_iters": 5_050}), ("--max-iters=7", {"max_iters": 7}),
-    ("--max_iters=-3", {"max_iters": -3}), ("--learning_rate=1E-5", {"learning_rate": 1e-5}),
+    ("--max-iters=5_050", {"max_iters": 5_050}), ("--max_iters=-3", {"max_iters": -3}), ("--top_k=None", {}),
     ("--learning_rate=1", {"learning_rate": 1.0}), ("--compile=True", {"compile": True}), ("--top_k=5", {"top_k": 5}),
-    ("--top_k=None", {}), ("--dtype=bfloat16", {"dtype": "bfloat16"}), ("--out_dir=", {"out_dir": ""}),
+    ("--dtype=bfloat16", {"dtype": "bfloat16"}), ("--out_dir=", {"out_dir": ""}),
     ("--out_dir=--help me=--c", {"out_dir": "--help me=--c"}), ("--out_dir=None", {"out_dir": "None"}),
     ("--out_dir=~/a", {"out_dir": os.path.expanduser("~/a")}),
 ])  # fmt: skip
@@ -135,8 +134,7 @@ dtype = 'float32'
     (["--max_iters=1\n2"], ["max_iters", "int"]), (["--learning_rate=fast"], ["learning_rate=fast", "float", "0.0003"]),
     (["--compile=maybe"], ["compile=maybe", "bool", "False"]), (["--top_k=few"], ["top_k=few", "int | None"]),
     (["--dtype=float64"], ["dtype=float64", "'auto', 'float32', 'bfloat16'"]),
-    (["--max_iters"], ["--max_iters has no value", "--max_iters=VALUE"]),
-    (["--max_iters", "--compile=True"], ["--max_iters has no value"]),
+    (["--max_iters", "--compile=True"], ["--max_iters has no value", "--max_iters=VALUE"]),
     (["max_iters=3"], ["config file max_iters=3: No such file or directory"]),
 ])  # fmt: skip
 def test_a_wrong_command(argv, words, capsys):
@@ -159,7 +157,6 @@ def test_settings_that_do_not_fit(argv, words, capsys):
         "max_iters += 1", "max_iters, top_k = 1, 2", "max_iters = 2 ** 9", "def f(): pass", "max_iters = f'{open}'",
     )),
     ("maxiters = 3\n", ["run.py", "maxiters", "did you mean max_iters?"]),
-    ("max_iters = 1e3\n", ["run.py", "max_iters=1000.0", "int"]),
     ("max_iters = [1, 2]\n", ["run.py, line 1", "[1, 2]", "neither a value nor arithmetic"]),
     ("\nmax_iters = \n", ["run.py, line 2", "invalid syntax"]),
     ("max_iters = 1 / 0\n", ["run.py, line 1", "division by zero"]),
@@ -189,7 +186,6 @@ def test_help_lists_every_setting(argv, capsys):
         "What the script is for.",
         "--out_dir str, default 'out' where everything goes",  # inherited
         "--learning_rate float, default 0.0003 at the peak",
-        "--compile bool, default False compile each block",
         "--top_k int | None, default None keep the k most likely",
         "--dtype Literal['auto', 'float32', 'bfloat16'], default 'auto' arithmetic",
     ):

@@ -326,7 +326,6 @@ GOOD = '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
     (GOOD.replace('"b"', '""'), "a choice is empty"),
     (GOOD.replace('"b", "c"', '"b"'), "fewer than two"),
     (GOOD.replace('"b"', "null"), "a choice is not text"),
-    ('{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "line 1 cannot be used"),
     (GOOD.replace('"b"', '"' + "word " * 200 + '"'), r"has \d+ tokens, which a window of 128 cannot score"),
 ])  # fmt: skip
 def test_bad_items(capfd, tmp_path, out_dir, content, message):

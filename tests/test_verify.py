@@ -85,7 +85,6 @@ def test_the_real_weights(run):
         "embed_tokens": "[49152, 576]",
         "q_proj": "[576, 576] (9 heads)",
         "k_proj": "[192, 576] (3 KV heads)",
-        "gate_proj": "[1536, 576]",
         "biases": "0",
         "the head is tied": "no lm_head",
         "logits at all 128 positions": "largest difference",
