@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure, reject
+from configurator import check_limits, configure, reject
 from lib.conversations import conversation_table, encode_conversations, packed, with_answers, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import one_line_errors, usable
@@ -65,12 +65,7 @@ class PrepareConfig:
     overwrite: bool = False  # replace a dataset of the same name that was made from another text
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction}: not between 0 and 1: give a share, for example 0.1")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"max_documents={self.max_documents}: no document would be left: give 1 or more")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: no conversation fits: give the one you train with")
+        check_limits(self, val_fraction=(1e-9, 1 - 1e-9), max_documents=(1, 10**15), block_size=(1, 2**20))
         if bool(self.prompt_column) != bool(self.answer_column):
             raise ValueError("a conversation has two columns: give both --prompt_column and --answer_column")
         if self.name in (".", "..") or re.search(r'[/\\:*?"<>|\0]', self.name):

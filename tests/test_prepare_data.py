@@ -652,9 +652,9 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "only empty rows": (lambda: write("a.jsonl", '{"text": ""}\n\n'), ["--dataset=a.jsonl"], 1, ["a.jsonl: no text"]),
     "one letter": (lambda: write("a.txt", "a"), ["--dataset=a.txt"], 1, ["a.txt: train has nothing", "--val_fraction"]),
     "no tokens": (lambda: write("a.txt", "\x04\x06" * 9), ["--dataset=a.txt"], 1, ["a.txt: train has nothing to l"]),
-    "val_fraction 0": (None, ["--val_fraction=0"], 2, ["val_fraction=0", "between 0 and 1"]),
-    "val_fraction nan": (None, ["--val_fraction=nan"], 2, ["val_fraction=nan"]),
-    "max_documents": (None, ["--max_documents=0"], 2, ["max_documents=0"]),
+    "val_fraction 0": (None, ["--val_fraction=0"], 2, ["val_fraction is 0.0: it must be a number from"]),
+    "val_fraction nan": (None, ["--val_fraction=nan"], 2, ["val_fraction is nan"]),
+    "max_documents": (None, ["--max_documents=0"], 2, ["max_documents is 0"]),
     "name outside": (None, ["--name=../x"], 2, ["../x", "--name"]),
     "name above": (None, ["--name=.."], 2, ["'..'", "--name"]),
     "name absolute": (None, ["--name=/tmp/x"], 2, ["/tmp/x", "--name"]),
@@ -671,7 +671,7 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
         ["train has nothing to learn"],
     ),
     "one column": (None, ["--prompt_column=body"], 2, ["--prompt_column and --answer_column"]),
-    "block_size": (None, ["--block_size=0"], 2, ["block_size=0"]),
+    "block_size": (None, ["--block_size=0"], 2, ["block_size is 0"]),
     "hub offline": (None, ["--dataset=org/name"], 1, ["org/name: no such path", "HF_HUB_OFFLINE"]),
 }  # fmt: skip
 
