@@ -9,13 +9,11 @@ Text or conversations go in; data/<name>/train.bin, val.bin and meta.json come o
     python prepare_data.py --dataset=my/chats.jsonl --block_size=1024      # conversations, in rows for train.py
     python prepare_data.py --dataset=tokenized                             # datatrove's .ds files, as they are
 
-lib/text.py finds and reads the files, lib/conversations.py packs conversations, and lib/dataset.py describes the files
-that come out. Text is read, cut and encoded a few hundred kB at a time, so memory does not grow with the length of a
-document or the size of the corpus.
+lib/text.py reads the files, lib/conversations.py packs conversations, and lib/dataset.py describes the result. Text is
+read, cut and encoded a few hundred kB at a time, so memory grows neither with a document nor with the corpus.
 """
 
 import collections
-import functools
 import hashlib
 import itertools
 import json
@@ -27,23 +25,22 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import check_limits, configure, reject
-from lib.conversations import conversation_table, encode_conversations, packed, with_answers, write_rows
+from lib.conversations import encode_conversations, packed, with_answers, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import one_line_errors, usable
 from lib.files import owned_folder, put_in_place, sha256_of, written_whole
 from lib.python_chat import python_chat
 from lib.text import CHUNK, PLAIN, ROWS, conversation, decompressed_name, documents, find_files, suffix_of
-from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
+from lib.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 
 @dataclass(frozen=True)
@@ -82,38 +79,33 @@ PEEK = 1_000  # documents: read at most this many ahead, to see whether both tra
 # Which files
 
 
-class Source(NamedTuple):
-    name: str  # of the dataset, unless --name= gives another
-    what: str  # a description for people
-    identity: str  # of the text: two with the same name and another identity would overwrite each other
-    files: list | None  # of Path; None for a Hub dataset
-    left_out: dict  # {suffix: number of files of the folder or glob that are not read}
-
-
 def find_source(config):
-    """Return the Source that --dataset= names."""
+    """
+    Return what --dataset= names: (the dataset's name, its files or None for the Hub, the first keys of meta.json's
+    sources). Of these `identity` names the text: two with one name and another identity would overwrite each other.
+    """
     dataset, path = config.dataset, Path(config.dataset)
+    sources = {"what": dataset, "identity": os.path.realpath(path), "left_out": {}}
     if dataset in ("python", "python_chat"):
-        what = f"the standard library of Python {platform.python_version()}"
-        what = f"questions and answers from {what}" if dataset == "python_chat" else what
-        return Source(dataset, what, dataset, standard_library(), {})
+        about = "questions and answers from " if dataset == "python_chat" else ""
+        about += f"the standard library of Python {platform.python_version()}"
+        return dataset, standard_library(), sources | {"what": about, "identity": dataset}
     if dataset == "shakespeare":  # its one file is downloaded later
-        return Source(dataset, f"tiny shakespeare, {SHAKESPEARE_URL}", dataset, [], {})
+        return dataset, [], sources | {"what": f"tiny shakespeare, {SHAKESPEARE_URL}", "identity": dataset}
     if path.is_file():
-        return Source(decompressed_name(path).stem, dataset, str(path.resolve()), [path], {})
-    is_folder, is_glob = dataset and path.is_dir(), re.search(r"[*?[]", dataset)
+        return decompressed_name(path).stem, [path], sources
+    is_folder = dataset and path.is_dir()
     if is_folder and (tokenized := sorted(path.glob("*.ds"))):
-        return Source(path.resolve().name, f"datatrove's token ids in {path}", str(path.resolve()), tokenized, {})
-    if is_folder or is_glob:
+        return path.resolve().name, tokenized, sources | {"what": f"datatrove's token ids in {path}"}
+    if is_folder or re.search(r"[*?[]", dataset):
         folder, files, left_out = find_files(path, config.suffixes)
         if not files:
-            known, out = " ".join((*PLAIN, *ROWS)), f" ({left_out_line(left_out)})" if left_out else ""
-            reject(f"{dataset}: no {known} file in it{out}: name another place, or more with --suffixes=")
-        return Source(folder.resolve().name, dataset, os.path.abspath(dataset), files, left_out)
+            about = ", ".join([" ".join((*PLAIN, *ROWS)), *notes({"left_out": left_out})])
+            reject(f"{dataset}: no file to read in it ({about}): name another place, or more with --suffixes=")
+        return folder.resolve().name, files, sources | {"identity": os.path.abspath(dataset), "left_out": left_out}
     if suffix_of(path) not in (*PLAIN, *ROWS) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset, re.ASCII):
-        subset = f"{config.subset}, " if config.subset else ""
-        what = f"Hub dataset {dataset}, {subset}split {config.split}"
-        return Source(dataset.split("/")[1], what, what, None, {})
+        about = f"Hub dataset {dataset}, {f'{config.subset}, ' if config.subset else ''}split {config.split}"
+        return path.name, None, sources | {"what": about, "identity": about}
     near = get_close_matches(dataset, ("python", "python_chat", "shakespeare"), n=1)
     names = "name python, python_chat, shakespeare, a file, folder or glob, or a Hub dataset org/name"
     reject(f"dataset={dataset}: no such dataset or path: {f'did you mean {near[0]}?' if near else names}")
@@ -165,40 +157,27 @@ def split_by_hash(stream, val_fraction):
     return itertools.chain(ahead, stream), val_fraction, alone
 
 
-def pieces(stream, val_fraction, sources):
+def pieces(stream, val_fraction):
     """
     Cut documents into short texts to be encoded one by one. Yield (split, text) in order, and (split, None) at the end
-    of each document. A document goes to train or to val by a hash of its content. A single document is cut in two
-    instead: its last tenth (val_fraction) goes to val.
+    of each document. A single document is cut in two: its last tenth (val_fraction) goes to val.
     """
     stream, val_fraction, alone = split_by_hash(stream, val_fraction)
     if alone:
         tqdm.write("note: this is a single document: its end is held out for val")
-    for document in counted(stream, sources):
-        held_out = place(document) < val_fraction
-        # Characters before `border` go to train, the others to val.
-        border = int(document.chars * (1 - val_fraction)) if alone else 0 if held_out else document.chars
-        seen = 0
+    for document in stream:
+        split = "val" if place(document) < val_fraction and not alone else "train"
+        border = int(document.chars * (1 - val_fraction))  # of a single document, in characters from here
         with document.open() as file:
             for text in cut(file):
-                at = border - seen
-                seen += len(text)
-                if 0 < at < len(text) and (match := LAST_SAFE_CUT.match(text, 0, at + 1)):
-                    at = match.end()
-                yield "train", text[: max(at, 0)]
-                yield "val", text[max(at, 0) :]
-        if alone or not held_out:
-            yield "train", None
-        if alone or held_out:
-            yield "val", None
-
-
-def counted(stream, sources):
-    """Yield the documents again, each counted."""
-    for document in stream:
-        sources["sha256"].update(document.sha256)
-        sources["documents"] += 1
-        yield document
+                if alone and split == "train" and border < len(text):
+                    match = LAST_SAFE_CUT.match(text, 0, border + 1)
+                    at = match.end() if match else border
+                    yield from (("train", text[:at]), ("train", None))
+                    split, text = "val", text[at:]
+                border -= len(text)
+                yield split, text
+        yield split, None
 
 
 def place(document):
@@ -254,10 +233,7 @@ def encode_bundle(encoding, bundle):
 
 
 def on_all_cores(function, items):
-    """
-    Do map(function, items) on threads, which run in parallel because tiktoken releases the GIL. The results keep the
-    order of the items. Only a few items are taken ahead of the results, so memory stays flat.
-    """
+    """Do map(function, items) on threads (tiktoken releases the GIL), a few items ahead, so that memory stays flat."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         waiting = collections.deque()
@@ -269,12 +245,12 @@ def on_all_cores(function, items):
             yield waiting.popleft().result()
 
 
-def write_text(files, stream, config, encoding, sources):
+def write_text(files, stream, config, encoding):
     """Write documents of text to train.bin and val.bin, which are open in `files`. Return {split: counts}."""
-    work = bundles(pieces(stream, config.val_fraction, sources))
+    work = bundles(pieces(stream, config.val_fraction))
     counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
-        for encoded in on_all_cores(functools.partial(encode_bundle, encoding), work):
+        for encoded in on_all_cores(lambda bundle: encode_bundle(encoding, bundle), work):
             for split, (content, documents, size) in encoded.items():
                 files[f"{split}.bin"].write(content)
                 counts[split]["tokens"] += len(content) // 2
@@ -287,10 +263,8 @@ def write_text(files, stream, config, encoding, sources):
 def write_conversations(files, stream, config, encoding, sources):
     """Write conversations to `files` as rows of block_size + 1 ids, and their masks. Return {split: counts}."""
     length = config.block_size + 1
-    sources |= {"without_an_answer": 0, "cut_before_the_answer": 0}
-    stream = counted(stream, sources)
     work = iter(lambda: list(itertools.islice(stream, 64)), [])
-    encoded = on_all_cores(functools.partial(encode_conversations, encoding), work)
+    encoded = on_all_cores(lambda batch: encode_conversations(encoding, batch), work)
     learnable = with_answers(itertools.chain.from_iterable(encoded), length, sources)
     learnable, val_fraction, alone = split_by_hash(learnable, config.val_fraction)
     if alone:
@@ -300,44 +274,46 @@ def write_conversations(files, stream, config, encoding, sources):
 
 
 def write_dataset(draft, config, files, encoding, meta):
-    """
-    Write train.bin, val.bin and for conversations their masks to the folder `draft`. meta: the first keys of meta.json.
-    Return all of them.
-    """
-    sources = meta["sources"] | {"sha256": hashlib.sha256()}  # of the documents' sha256s, in order
-    sources |= {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
+    """Write the .bin files to the folder `draft`. meta: the first keys of meta.json. Return all of them."""
+    sources = meta["sources"] | {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
+    digest = hashlib.sha256()  # of the documents' sha256s, in order
+
+    def counted(stream):
+        for document in itertools.islice(stream, config.max_documents):
+            digest.update(document.sha256)
+            sources["documents"] += 1
+            yield document
+
     if config.dataset == "python_chat":
-        stream = (conversation(messages, sources) for messages in python_chat(files))
+        stream = counted(conversation(messages, sources) for messages in python_chat(files))
     else:
-        stream = documents(files, config, sources)
-    stream = itertools.islice(stream, config.max_documents)
+        stream = counted(documents(files, config, sources))
     first = next(stream, None)
     if first is None:
         sys.exit(f"error: {config.dataset}: no text in it, every document is empty: name another --dataset")
-    stream, chat = itertools.chain([first], stream), first.messages is not None
-    kinds = ("", "_mask") if chat else ("",)
+    stream = itertools.chain([first], stream)
+    kinds = ("",) if first.messages is None else ("", "_mask")
     with ExitStack() as stack:
         names = [f"{split}{kind}.bin" for split in ("train", "val") for kind in kinds]
         bins = {name: stack.enter_context(open(draft / name, "wb")) for name in names}
-        if chat:
+        if first.messages is None:
+            counts = write_text(bins, stream, config, encoding)
+        else:
             meta["block_size"] = config.block_size
             counts = write_conversations(bins, stream, config, encoding, sources)
-        else:
-            counts = write_text(bins, stream, config, encoding, sources)
     for split, other in (("train", "lower"), ("val", "raise")):
         if not counts[split]["bytes"] or counts[split]["tokens"] == counts[split]["documents"]:
             reasons = "; ".join(["too short to split", *notes(sources)])
             sys.exit(f"error: {config.dataset}: {split} has nothing to learn ({reasons}): {other} --val_fraction")
         for kind in kinds:
             counts[split][f"{kind}_sha256".strip("_")] = sha256_of(draft / f"{split}{kind}.bin")
-    return meta | {"sources": sources | {"sha256": sources["sha256"].hexdigest()}} | counts
+    return meta | {"sources": sources | {"sha256": digest.hexdigest()}} | counts
 
 
 def replace_dataset(folder, draft, meta):
     """
-    Replace the dataset in `folder` by the files in the folder `draft` and by meta.json. All files are complete on the
-    disk before the first is renamed, so an error or a kill leaves the earlier dataset untouched, unless it comes during
-    the renames. Even then meta.json never lies: the old one is removed first, and the new one is renamed last.
+    Replace the dataset in `folder` by the files in the folder `draft` and by meta.json. All are complete on the disk
+    before the first is renamed. Until the last is renamed there is no meta.json, so no one reads a mix of two datasets.
     """
     (draft / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     for path in draft.iterdir():
@@ -351,22 +327,13 @@ def replace_dataset(folder, draft, meta):
             put_in_place(draft / name, folder / name)
 
 
-def table(counts):
-    """Return documents, tokens and bytes of each split, as lines of text."""
-    lines = [f"{'':<8}{'documents':>12}{'tokens':>16}{'bytes':>18}{'bytes/token':>14}"]
-    for name, c in counts.items():
-        ratio = c["bytes"] / c["tokens"]
-        lines.append(f"{name:<8}{c['documents']:>12,}{c['tokens']:>16,}{c['bytes']:>18,}{ratio:>14.3f}")
-    return "\n".join(lines)
-
-
 def notes(sources):
     """Yield what happened to the text on its way, as lines of text."""
     for encoding, same in sources.get("encodings", {}).items():
         others = f" and {same['files'] - 1:,} more" if same["files"] > 1 else ""
         yield f"read as {encoding}: {same['first']}{others}"
-    if sources["left_out"]:
-        yield left_out_line(sources["left_out"])
+    if left_out := sources.get("left_out"):
+        yield "left out: " + ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
     row, place = sources.get("first_without_column"), sources.get("first_undecodable")
     texts = {
         "rows_without_column": f"rows without a text were left out: {row}",
@@ -378,43 +345,28 @@ def notes(sources):
     yield from (f"note: {sources[name]:,} {text}" for name, text in texts.items() if sources.get(name))
 
 
-def left_out_line(left_out):
-    return "left out: " + ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-
-
-def refuse_other_text(folder, meta):
-    """End the program with one line if the dataset in `folder` was made from another text than this one."""
-    try:
-        earlier = json.loads((folder / "meta.json").read_bytes())["sources"]["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # there is no dataset, or none that could be used
-    identity = meta["sources"]["identity"]
-    if earlier != identity:
-        name = re.sub(r"[^\w.-]+", "_", f"{Path(identity).parent.name}_{meta['name']}").strip("_")
-        reject(f"{folder} was made from another text, {earlier}: give --name={name}, or replace it with --overwrite")
-
-
 def main(config):
-    source = find_source(config)
-    name, files = config.name or source.name or "text", source.files
+    name, files, sources = find_source(config)
+    name = config.name or name or "text"
     folder = Path(config.data_dir) / name
     tokenized = bool(files) and files[0].suffix == ".ds"
     if tokenized and config.max_documents:
         reject(f"{config.dataset}: holds token ids, which are taken as they are: leave --max_documents out")
-    print(f"text: {source.what}" + (f", {len(files):,} files" if files and len(files) > 1 else ""))
+    print(f"text: {sources['what']}" + (f", {len(files):,} files" if files and len(files) > 1 else ""))
     content, origin = tokenizer_json()
     sha256 = hashlib.sha256(content).hexdigest()
-    pinned = "as pinned" if sha256 == TOKENIZER_SHA256 else "(not the pinned one)"
-    print(f"tokenizer: {origin}, sha256 {sha256} {pinned}")
+    print(f"tokenizer: {origin}, sha256 {sha256}")
     encoding = load_tokenizer()
     meta = {"name": name, "dtype": "uint16", "vocab_size": VOCAB_SIZE, "tokenizer": "base", "tokenizer_sha256": sha256}
-    meta["sources"] = {"what": source.what, "identity": source.identity, "left_out": source.left_out}
+    meta |= {"sources": sources}
     started = time.perf_counter()
     draft = folder / "unfinished"
     try:
         with one_line_errors("lower --block_size", folder), owned_folder(folder, "name"), ExitStack() as at_the_end:
-            if not config.overwrite:
-                refuse_other_text(folder, meta)
+            with suppress(OSError, ValueError, KeyError, TypeError):  # no dataset, or none that could be used
+                earlier = json.loads((folder / "meta.json").read_bytes())["sources"]["identity"]
+                if earlier != sources["identity"] and not config.overwrite:
+                    reject(f"{folder} was made from another text, {earlier}: give another --name=, or --overwrite")
             if config.dataset == "shakespeare":
                 files = [folder / "input.txt"]
                 fetch_shakespeare(*files)
@@ -431,18 +383,15 @@ def main(config):
         sys.exit(130)
     seconds = time.perf_counter() - started
 
-    train, val, chat = meta["train"], meta["val"], "block_size" in meta
+    train, val, rows = meta["train"], meta["val"], meta.get("block_size")
     both = {key: count + val[key] for key, count in train.items() if isinstance(count, int)}
-    print((conversation_table if chat else table)({"train": train, "val": val, "both": both}))
+    print(" " * 6 + "".join(f"{name:>16}" for name in both))
+    for split, counts in (("train", train), ("val", val), ("both", both)):
+        print(f"{split:<6}" + "".join(f"{counts[name]:>16,}" for name in both))
     for line in notes(meta["sources"]):
         print(line)
-    if chat:
-        print(f"{folder}: {seconds:.1f} s, train with --block_size={config.block_size}")
-    elif tokenized:
-        print(f"{folder / 'meta.json'}: {seconds:.1f} s, the ids stay where they are")
-    else:
-        tokens, size = both["tokens"] / seconds, both["bytes"] / 1e6 / seconds
-        print(f"{folder}: {seconds:.1f} s, {tokens:,.0f} tokens/s, {size:.1f} MB/s")
+    speed = f"{both['tokens'] / seconds:,.0f} tokens/s, {both['bytes'] / both['tokens']:.3f} bytes/token"
+    print(f"{folder}: {seconds:.1f} s, " + (f"train with --block_size={rows}" if rows else speed))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def encode_conversations(encoding, documents):
 
 def with_answers(conversations, length, sources):
     """Yield the Encoded that have something to learn in their first `length` ids, and count the others in `sources`."""
+    sources |= {"without_an_answer": 0, "cut_before_the_answer": 0}
     for conversation in conversations:
         if conversation.mask[:length].any():
             yield conversation
@@ -83,12 +84,3 @@ def write_rows(files, rows, length, encoding):
         c["padding"] += length - len(joined)
         c["cut"] += sum(len(conversation.ids) > length for conversation in conversations)
     return counts
-
-
-def conversation_table(counts):
-    """Return conversations, tokens and their use in each split, as lines of text."""
-    lines = [f"{'':<8}{'conversations':>14}{'tokens':>14}{'loss tokens':>14}{'padding':>10}{'cut':>10}"]
-    for name, c in counts.items():
-        loss, padding = (c[key] / c["tokens"] for key in ("loss_tokens", "padding"))
-        lines.append(f"{name:<8}{c['documents']:>14,}{c['tokens']:>14,}{loss:>14.1%}{padding:>10.1%}{c['cut']:>10,}")
-    return "\n".join(lines)

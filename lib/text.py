@@ -5,9 +5,8 @@ Text in: a file, a folder, a glob or a Hub dataset -> documents, each a text or 
     for document in documents(files, config, sources):
         with document.open() as file: text = file.read()
 
-`sources` is a dict that counts what happened on the way: prepare_data.py prints it, and meta.json keeps it. To add a
-format of plain text, add its suffix to PLAIN. To add a format with rows, add a function to ROWS. Memory stays flat,
-because a reader holds a block of text or a few rows; only .json is read whole.
+`sources` is a dict that counts what happened on the way; meta.json keeps it. A format of plain text is a suffix in
+PLAIN, a format with rows a function in ROWS. A reader holds a block of text or a few rows; only .json is read whole.
 """
 
 import codecs
@@ -54,10 +53,8 @@ class Document(NamedTuple):
 def find_files(path, suffixes=""):
     """
     Return (folder, files, left_out) of a folder or a glob: where its files are, those that can be read, sorted, and
-    the number of the others by suffix.
-
-    suffixes: ".c,.h" are plain text, too; "all" takes every file of text. A glob's own suffix counts as well, and a
-    file without a suffix is taken if it is text. Hidden files and OTHERS are left out, unless the glob names them.
+    the number of the others by suffix. A file without a suffix, or with "all" among the suffixes any file, is taken if
+    it is text. Hidden files and OTHERS are left out, unless the glob names them.
     """
     folder = path if path.is_dir() else next(parent for parent in path.parents if parent.exists())
     pattern = Path("**/*") if path.is_dir() else path.relative_to(folder)
@@ -68,12 +65,10 @@ def find_files(path, suffixes=""):
         parts = [part for part in file.relative_to(folder).parts if part not in pattern.parts]
         other = next((part for part in parts if part.startswith(".") or part in OTHERS), None)
         suffix = suffix_of(file)
-        if other:
-            left_out["hidden" if other == file.name else f"in {other}"] += 1
-        elif suffix in wanted or (suffix == "" or ".all" in added) and encoding_of(file):
+        if not other and (suffix in wanted or (suffix == "" or ".all" in added) and encoding_of(file)):
             files.append(file)
         else:
-            left_out[suffix or "binary without a suffix"] += 1
+            left_out[other or suffix or "binary without a suffix"] += 1
     return folder, files, dict(left_out.most_common())
 
 
@@ -96,11 +91,9 @@ def suffix_of(path):
 # ---------------------------------------------------------------------------------------------
 # Bytes -> text
 
-MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+MARKS = {  # UTF-32 first, because one of its marks begins with one of UTF-16's
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 
 
@@ -113,8 +106,8 @@ def encoding_of(path):
     """Return a byte-order mark's encoding, or UTF-8, or charset-normalizer's best guess, or None for a binary."""
     with usable(path, HINT), opened(path, "rb") as file:
         head = file.read(SAMPLE)
-        for mark, encoding in MARKS.items():
-            if head.startswith(mark):
+        for encoding, marks in MARKS.items():
+            if head.startswith(marks):
                 return encoding
         if b"\0" in head:
             return None
@@ -131,16 +124,12 @@ def encoding_of(path):
 
 @contextlib.contextmanager
 def open_text(path, sources):
-    """
-    Open a text file in its own encoding. Bytes that are not in the encoding become U+FFFD, and `sources` counts them.
-    A binary, or a file that cannot be read or parsed in the block, ends the program with one line.
-    """
+    """Open a text file in its own encoding. Bytes that are not in it become U+FFFD, and `sources` counts them."""
     if not (encoding := encoding_of(path)):
         sys.exit(f"error: {path}: a binary file, not text: convert it to text (pandoc, pdftotext), or leave it out")
     if encoding != "utf-8-sig":
-        name = encoding if encoding in MARKS.values() else f"{encoding}, guessed"
-        same = sources.setdefault("encodings", {}).setdefault(name, {"files": 0, "first": str(path)})
-        same["files"] += 1
+        name = encoding if encoding in MARKS else f"{encoding}, guessed"
+        sources.setdefault("encodings", {}).setdefault(name, {"files": 0, "first": str(path)})["files"] += 1
 
     def replace(error):  # like errors="replace", and counts
         sources["undecodable_bytes"] += error.end - error.start
@@ -173,14 +162,13 @@ def jsonl_rows(path, column, sources):
 
 def json_rows(path, column, sources):
     """Yield the items of an array, or the objects that follow one another."""
-    text, rows, at = read_text(path, sources).strip(), [], 0
+    text, number, at = read_text(path, sources).strip(), itertools.count(1), 0
     while at < len(text):
         with usable(path, "repair the JSON, or leave the file out"):
             value, end = json.JSONDecoder().raw_decode(text, at)
         at = re.compile(r"\s*").match(text, end).end()
-        rows += value if isinstance(value, list) else [value]
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, item {number}", row
+        for row in value if isinstance(value, list) else [value]:
+            yield f"{path}, item {next(number)}", row
 
 
 def csv_rows(path, column, sources):
@@ -198,12 +186,11 @@ def csv_rows(path, column, sources):
 def parquet_rows(path, column, sources):
     with usable(path, "pip install pyarrow"):
         import pyarrow.parquet
-    number = itertools.count(1)
     with usable(path, HINT), pyarrow.parquet.ParquetFile(path) as file:
         columns = [column] if column in file.schema_arrow.names else None
-        for batch in file.iter_batches(batch_size=64, columns=columns):
-            for row in batch.to_pylist():
-                yield f"{path}, row {next(number)}", row
+        batches = file.iter_batches(batch_size=64, columns=columns)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield f"{path}, row {number}", row
 
 
 ROWS = {
@@ -213,17 +200,14 @@ ROWS = {
 
 
 def read_rows(path, column="", sources=None):
-    """
-    Yield (where, row) for each row of a file whose suffix is in ROWS. A row is a dict, or any JSON value in a .json or
-    .jsonl. column: if a .parquet file has it, no other column is read. sources: as in `documents`.
-    """
+    """Yield (where, row) for each row of a file. column: if a .parquet file has it, no other column is read."""
     return ROWS[suffix_of(path)](path, column, collections.Counter() if sources is None else sources)
 
 
 def read_hub_rows(name, subset, split, hint, streaming=True):
     """
-    Yield (where, row) for each row of a Hub dataset. streaming: rows are downloaded as they are read; else the whole
-    split is, into the cache of the datasets library, which also works offline. hint: what to do if that fails.
+    Yield (where, row) for each row of a Hub dataset, downloaded as they are read. Without streaming the whole split is
+    downloaded first, into the cache of the datasets library, which works offline. hint: what to do if that fails.
     """
     from lib.official import constants, hub_problem  # here, so that `import lib.text` loads no Hub client
 
@@ -238,52 +222,39 @@ def read_hub_rows(name, subset, split, hint, streaming=True):
 
 
 # ---------------------------------------------------------------------------------------------
-# Row -> messages
+# Files and rows -> documents
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: the template's
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # columns
+LISTS = ("messages", "conversations")  # columns that hold a list of messages; the second is ShareGPT's
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # columns; the first are Alpaca's
 
 
 def messages_of(row, config):
     """
     Return the conversation in a row, a dict, as a list of {"role": str, "content": str}, or None if it holds none.
-    Raise ValueError if it cannot be read. The columns that decide, in this order:
-
-        config.prompt_column, config.answer_column    if they are set, no others count
-        messages                                      role, content
-        conversations                                 from, value: ShareGPT's
-        instruction, output and perhaps input         Alpaca's; input follows after a blank line
-        prompt, completion
-        question, answer
+    Raise ValueError if it cannot be read. If config.prompt_column is set, only it and config.answer_column count.
     """
-    pairs = [(config.prompt_column, config.answer_column)] if config.prompt_column else PAIRS
-    for column in () if config.prompt_column else ("messages", "conversations"):
-        if row.get(column) is not None:
-            return messages_in(row[column], column)
-    for prompt, answer in pairs:
+    for column in () if config.prompt_column else LISTS:
+        if row.get(column) is None:
+            continue
+        if not isinstance(row[column], list):
+            raise ValueError(f"column {column} holds {row[column]!r:.40}, not a list of messages")
+        messages = []
+        for number, message in enumerate(row[column], 1):
+            where = f"column {column}, message {number}"
+            pair = message if isinstance(message, dict) else {}
+            names = ("role", "content") if pair.get("role") is not None else ("from", "value")
+            role, content = map(pair.get, names)
+            if not isinstance(role, str):
+                raise ValueError(f"{where} is {message!r:.60}, not a role and a content")
+            messages.append({"role": ROLES.get(role, role), "content": text_of(content, where)})
+        return messages
+    for prompt, answer in [(config.prompt_column, config.answer_column)] if config.prompt_column else PAIRS:
         if row.get(prompt) is not None and row.get(answer) is not None:
             question, reply = text_of(row[prompt], prompt), text_of(row[answer], answer)
             if prompt == "instruction" and (more := text_of(row.get("input"), "input")):
                 question = f"{question}\n\n{more}"
             return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return None
-
-
-def messages_in(value, column):
-    """Return the messages in a list of {role, content} or {from, value}. Any role and order is kept."""
-    if not isinstance(value, list):
-        raise ValueError(f"column {column} holds {value!r:.40}, not a list of messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        where = f"column {column}, message {number}"
-        pair = message if isinstance(message, dict) else {}
-        role, content = pair.get("role"), pair.get("content")
-        if role is None:
-            role, content = pair.get("from"), pair.get("value")
-        if not isinstance(role, str):
-            raise ValueError(f"{where} is {message!r:.60}, not a role and a content")
-        messages.append({"role": ROLES.get(role, role), "content": text_of(content, where)})
-    return messages
 
 
 def text_of(content, where):
@@ -295,20 +266,11 @@ def text_of(content, where):
     return "".join(texts)
 
 
-# ---------------------------------------------------------------------------------------------
-# Documents
-
-
 def documents(files, config, sources):
     """
-    Yield the Documents of all files, in order. A file of plain text is one document, and so is each row of the others
-    and of a Hub dataset. Documents without text, and rows without a document, are counted and left out. Either all
-    documents are text or all are conversations: the first of the other kind ends the program with one line.
-
-    files    list of Path; None to read the Hub dataset config.dataset
-    config   has dataset, text_column, prompt_column, answer_column, suffixes, subset and split
-    sources  dict; this function counts empty_documents and undecodable_bytes in it. Where there is something to note,
-             it sets first_undecodable, encodings, rows_without_column and first_without_column.
+    Yield the Documents of all files, in order; files=None reads the Hub dataset config.dataset. A file of plain text is
+    one document, and so is each row of the others. Documents without text, and rows without a document, are counted in
+    `sources` and left out. All documents are text or all are conversations: else the program ends with one line.
     """
     kind = None
     for where, item in files_and_rows(files, config, sources):
@@ -342,14 +304,18 @@ def files_and_rows(files, config, sources):
         hint = "check its page on the Hub, --subset, --split, the connection"
         yield from read_hub_rows(config.dataset, config.subset, config.split, hint)
     for path in files or ():
-        suffix = suffix_of(path)
-        yield from read_rows(path, column, sources) if suffix in ROWS and suffix not in plain else [(path, path)]
+        rows = suffix_of(path) in ROWS and suffix_of(path) not in plain
+        yield from read_rows(path, column, sources) if rows else [(path, path)]
 
 
 def text_document(path, sources):
     """Return the whole file as one Document. It is read twice: here to hash it, later to encode it."""
+    digest, chars = hashlib.sha256(), 0
     with open_text(path, sources) as file:
-        return document_of(file, functools.partial(opened, path, encoding=file.encoding))
+        while block := file.read(CHUNK):
+            digest.update(block.encode())
+            chars += len(block)
+    return Document(digest.digest(), chars, functools.partial(opened, path, encoding=file.encoding))
 
 
 def row_document(row, config, sources):
@@ -361,22 +327,12 @@ def row_document(row, config, sources):
     if column in row and not config.prompt_column:
         if not isinstance(row[column], str | None):
             raise ValueError(f"column {column} holds {row[column]!r:.40}, not text")
-        open_row = functools.partial(io.StringIO, without_halves(row[column] or "", sources), newline="")
-        return document_of(open_row(), open_row)
+        text = without_halves(row[column] or "", sources)
+        return Document(hashlib.sha256(text.encode()).digest(), len(text), lambda: io.StringIO(text, newline=""))
     if (messages := messages_of(row, config)) is None:
-        wanted = f"columns {config.prompt_column} and {config.answer_column}"
-        wanted = wanted if config.prompt_column else f"column {column}"
-        raise ValueError(f"no {wanted}, only {', '.join(map(str, row))}")
+        wanted = " and ".join(filter(None, (config.prompt_column, config.answer_column))) or column
+        raise ValueError(f"no column {wanted}, only {', '.join(map(str, row))}")
     return conversation(messages, sources)
-
-
-def document_of(file, open_again):
-    """Return a text file as a Document. open_again: () -> the same file, for the second reading."""
-    digest, chars = hashlib.sha256(), 0
-    while block := file.read(CHUNK):
-        digest.update(block.encode())
-        chars += len(block)
-    return Document(digest.digest(), chars, open_again)
 
 
 def conversation(messages, sources):
