@@ -296,6 +296,7 @@ def train(config):
     # ---- Computation: autocast for the matmuls, compiled blocks, one copy of the model per process
     def try_step():
         """Take a step on zeros that changes nothing. One that does not fit in memory fails here."""
+        moments = [] if resumed else [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
         x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
         with autocast(device, config.dtype):
             if device == "cpu" and config.compile:
@@ -303,11 +304,12 @@ def train(config):
             loss = model(x, x)
         loss.backward()
         model.zero_grad(set_to_none=True)
+        del moments  # as large as the optimizer's, which are still to come
 
     if config.compile:
         whole = "cuda" in device and world_size == 1
         config = replace(config, compile=try_compiling(model, try_step, say, whole))
-    elif not resumed:
+    if not config.compile and not resumed:
         try_step()
     network = model  # the same weights, with gradients averaged over all processes
     if world_size > 1 and not config.shard:  # gradients live in its buckets, not next to them

@@ -755,6 +755,7 @@ def test_a_run_may_begin_with_the_weights_that_it_replaces(place, weights):
 @pytest.mark.parametrize("flags", [
     ["--tracker=wandb"], ["--sample_interval=1", "--sample_prompt=" + 99 * "word "], ["--num_hidden_layers=3"],
     ["--dataset=nowhere"], ["--device=cuda:7"], ["--init_from=a/best.pt"], ["--batch_size=3"],
+    ["--batch_size=3", "--compile=True"],
 ])  # fmt: skip
 def test_a_run_that_is_refused_replaces_nothing(place, monkeypatch, flags):
     """Whatever refuses it: a package, a prompt, shapes, data, a device, weights that are not there, memory."""
