@@ -101,7 +101,7 @@ def convert(text, kind):
     """The text as bool, int, float, str, Literal or X | None. Raises ValueError if it is none."""
     choices = typing.get_args(kind)
     if type(None) in choices:
-        return None if text == "None" else convert(text, choices[0])
+        return None if text == "None" and choices[0] is not str else convert(text, choices[0])
     if choices:
         return choices[choices.index(text)]
     return bool(["False", "True"].index(text)) if kind is bool else kind(text)
@@ -151,7 +151,7 @@ def read_config_file(path):
         raise ValueError(f"{ast.unparse(node)!r:.60} is neither a value nor arithmetic on names above it")
 
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8")
+        content = Path(path).expanduser().read_text(encoding="utf-8-sig")
         for node in ast.parse(content, path).body:
             where = f"config file {path}, line {node.lineno}"
             match node:

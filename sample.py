@@ -65,7 +65,7 @@ def read_prompt(prompt):
         return prompt
     with usable("standard input" if prompt == "-" else prompt[1:], "give --prompt=@FILE a text file in UTF-8"):
         content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt[1:]).expanduser().read_bytes()
-        return content.decode().removesuffix("\n").removesuffix("\r")
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
 
 
 def question_ids(encoding, system, turns):

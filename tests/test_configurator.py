@@ -30,6 +30,7 @@ class Config(Base):
     compile: bool = False  # compile each block
     plot: bool = True  # draw
     top_k: int | None = None  # keep the k most likely
+    prompt: str | None = None  # None is a word, too
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic
 
     def __post_init__(self):
@@ -89,6 +90,7 @@ def test_the_weakest_to_the_strongest(config_file, monkeypatch):
     ("--max-iters=5_050", {"max_iters": 5_050}), ("--max_iters=-3", {"max_iters": -3}), ("--top_k=None", {}),
     ("--learning_rate=1", {"learning_rate": 1.0}), ("--compile=True", {"compile": True}), ("--top_k=5", {"top_k": 5}),
     ("--dtype=bfloat16", {"dtype": "bfloat16"}), ("--out_dir=", {"out_dir": ""}),
+    ("--prompt=None", {"prompt": "None"}),
     ("--out_dir=--help me=--c", {"out_dir": "--help me=--c"}), ("--out_dir=None", {"out_dir": "None"}),
     ("--out_dir=~/a", {"out_dir": os.path.expanduser("~/a")}),
 ])  # fmt: skip
@@ -122,7 +124,7 @@ top_k = None
 out_dir = "out/a b"
 dtype = 'float32'
 """
-    assert changed(config_file(text)) == {
+    assert changed(config_file("\ufeff" + text)) == {  # Windows' editors write a byte-order mark
         "max_iters": 200, "learning_rate": 0.9995, "compile": True, "out_dir": "out/a b", "dtype": "float32",
     }  # fmt: skip
 

@@ -103,7 +103,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(capfd, monkeypatch):
 
 
 def test_the_prompt_of_a_file_and_of_standard_input(capfd, monkeypatch, out_dir, tmp_path):
-    (tmp_path / "a.txt").write_text("Grüße,\nWelt\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("Grüße,\nWelt\n", encoding="utf-8-sig")
     flags = [f"--out_dir={out_dir}", "--max_new_tokens=3"]
     texts = run(capfd, *flags, f"--prompt=@{tmp_path}/a.txt")[1]
     assert texts[0].startswith("Grüße,\nWelt")
