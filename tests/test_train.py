@@ -833,4 +833,5 @@ def test_muon_against_two_optimizers_of_torch(place):
     for name, p in peer.state_dict().items():
         torch.testing.assert_close(load("a")["model"][name], p, atol=1e-5, rtol=0)
 
-    assert "holds the state of muon" in run("--init_from=resume", "--out_dir=b", "--max_iters=14", "--optimizer=adamw")
+    adamw = ["--optimizer=adamw", "--muon_learning_rate=None", "--max_iters=14"]
+    assert "holds the state of muon" in run("--init_from=resume", "--out_dir=b", *adamw)
