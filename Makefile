@@ -1,7 +1,7 @@
 # make          set up, prepare text, verify, train a small SmolLM2, resume it, sample from it: three to ten minutes
 # make test     lint and every test
 # make verify   discover the architecture, then hold model.py against the official weights
-# make bench    speed and memory beside transformers and this machine's limit: half an hour to an hour
+# make bench    speed and memory compared with transformers and this machine's limit: half an hour to an hour
 # make torture  kills, signals, full disks and damaged files, each fifty times: about an hour
 # make toy      the full 135M network, 5,000 iterations, then 50 more: an hour or two
 
@@ -9,7 +9,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 # Waiting threads spin only briefly, then sleep. Alone on a machine an iteration takes up to a quarter longer for it (nano 60 ms
-# in place of 48); with one core of two taken by another program, a quarter to a half of the time (100 ms in place of 390).
+# instead of 48); with one core of two taken by another program, a quarter to a half of the time (100 ms instead of 390).
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: all setup test verify bench torture toy

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from configurator import configure
 from lib.checkpoint import read_checkpoint
-from lib.errors import first_line, one_line_errors, reject, usable, way_out
+from lib.errors import first_line, one_line_errors, reject, usable, write_hint
 from lib.files import put_in_place, temporary
 from lib.gguf import NAMES, write_gguf
 from lib.oracle import build_oracle
@@ -168,7 +168,7 @@ def main(config):
                 os.fsync(whole.fileno())
         put_in_place(written, path)
     except (OSError, SafetensorError) as error:  # numpy and safetensors say nothing of the cause, a full disk
-        advice = way_out(error) if getattr(error, "errno", None) else "free some disk, or use another folder"
+        advice = write_hint(error) if getattr(error, "errno", None) else "free some disk, or use another folder"
         sys.exit(f"error: {path} could not be written ({first_line(error)}): {advice} with --to=")
     finally:
         with suppress(OSError):

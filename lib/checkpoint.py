@@ -24,7 +24,7 @@ import zipfile
 
 import torch
 
-from lib.errors import first_line, usable, way_out
+from lib.errors import first_line, usable, write_hint
 from lib.files import written_whole
 
 VERSION = 2  # 1 had checksums of its own
@@ -79,7 +79,7 @@ def write_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as error:
         # torch turns a failed write into a RuntimeError of its own; the cause is in its context
         cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
-        hint = way_out(cause) if isinstance(cause, OSError) else "see whether the disk is full"
+        hint = write_hint(cause) if isinstance(cause, OSError) else "see whether the disk is full"
         reason = getattr(cause, "strerror", None) or first_line(error)
         sys.exit(f"error: {path} could not be written ({reason}), the one before it is untouched: {hint}")
 

@@ -67,7 +67,7 @@ def one_line_errors(for_memory, folder="output"):
     except OSError as error:
         if error.errno == errno.ENOMEM:
             sys.exit(f"error: out of memory: {for_memory}")
-        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}: {way_out(error)}")
+        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}: {write_hint(error)}")
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         # a mere "memory" is in many other errors, such as an illegal memory access or a lack of shared memory
@@ -81,7 +81,7 @@ def one_line_errors(for_memory, folder="output"):
         raise
 
 
-def way_out(error):
+def write_hint(error):
     """Return what to do about an OSError of a write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full: free some space, or use another folder"

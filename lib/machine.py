@@ -28,8 +28,8 @@ def pick_device(device, local_rank=0):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        way_out = f"start {torch.cuda.device_count()} processes on this machine" if local_rank else "try --device=auto"
-        sys.exit(f"error: device {device} cannot be used ({str(error).splitlines()[0]}): {way_out}")
+        hint = f"start {torch.cuda.device_count()} processes on this machine" if local_rank else "try --device=auto"
+        sys.exit(f"error: device {device} cannot be used ({str(error).splitlines()[0]}): {hint}")
     return device
 
 

@@ -401,8 +401,8 @@ def config_from_json(config, file="config.json"):
         for name, value in COMPUTED.items():
             if asked[name] != value:
                 setting = f"{name} = {reprlib.repr(asked[name])}"
-                way_out = "take it as it was before, or a GGUF of it" if name == "quantization_config" else OTHER
-                sys.exit(f"error: {file} has {setting}, which model.py does not do: {way_out}")
+                hint = "take it as it was before, or a GGUF of it" if name == "quantization_config" else OTHER
+                sys.exit(f"error: {file} has {setting}, which model.py does not do: {hint}")
         hidden, heads = known["hidden_size"], known["num_attention_heads"]
         ModelConfig(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=1)  # checked before the division
         absent = dict(
