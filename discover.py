@@ -24,7 +24,7 @@ import sys
 from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class DiscoverConfig:
     """Find the architecture from the weights, and compare every public source's claims with it."""
 
     init_from: str = "base"  # the weights: base, instruct, 360M, ..., wheel, org/name, a folder, a .gguf, a checkpoint
+    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
     context: int = 4_096  # how far to read; 8192 tells theta 50,000 from 100,000; the release fails past 10,240
     plot: bool = False  # draw NLL by theta and by position to out_dir/discover.png
     out_dir: str = "out"  # folder for config.json and discover.png
@@ -427,7 +428,7 @@ def main(config):
     if context < TOKENS:
         reject(f"--context={context}: give at least {TOKENS}, the length on which rivals are compared")
     torch.set_float32_matmul_precision("medium")  # faster on some CPUs; a few then multiply in bfloat16
-    source = find_weights(config.init_from)
+    source = find_weights(config.init_from, tokenizer=config.tokenizer)
     print(source.about)
 
     tensors = without_head(source.read(), source.path)

@@ -45,6 +45,7 @@ class EvaluateConfig:
     init_from: str = "resume"  # out_dir's ckpt.pt; or a release's name (base, instruct, ...), a folder, .gguf, .pt
     out_dir: str = "out"  # where that ckpt.pt is
     base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
+    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
     against: str = ""  # other weights, named in the same way: also the difference, paired, with its standard error
     # text
     dataset: str = ""  # <data_dir>/<dataset>/val.bin, the whole of it; python if nothing else is named
@@ -236,9 +237,9 @@ def main(config):
     device = pick_device(config.device)
     dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
-    weights = [find_weights(config.init_from, config.out_dir, config.base)]
+    weights = [find_weights(config.init_from, config.out_dir, config.base, config.tokenizer)]
     if config.against:
-        weights.append(find_weights(config.against, config.out_dir))
+        weights.append(find_weights(config.against, config.out_dir, tokenizer=config.tokenizer))
     for letter, source in zip("AB", weights, strict=False):
         print(f"{letter}  {source.about}" if config.against else source.about)
     context = min(source.config.max_position_embeddings for source in weights)
@@ -246,7 +247,7 @@ def main(config):
     window = config.window or min(context, WINDOW)
     if window > context:
         sys.exit(f"error: window {window} is longer than the context, {context}: lower --window")
-    encoding = load_tokenizer(**weights[0].tokenizer)
+    encoding, *_ = [load_tokenizer(**source.tokenizer) for source in weights]  # B's is checked, A's is used
 
     # What to read
     choices = bool(config.task or config.items)

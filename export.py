@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from configurator import configure
 from lib.checkpoint import read_checkpoint
 from lib.errors import first_line, one_line_errors, reject, usable, write_hint
-from lib.files import put_in_place, temporary
+from lib.files import owned_folder, put_in_place
 from lib.gguf import NAMES, write_gguf
 from lib.oracle import build_oracle
 from lib.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json
@@ -42,6 +41,7 @@ class ExportConfig:
     init_from: str = "resume"  # out_dir's ckpt.pt; or a release's name (base, instruct, ...), a folder, .gguf, .pt
     out_dir: str = "out"  # where that ckpt.pt is
     base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
+    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
     format: Literal["hf", "gguf"] = "hf"  # a Hugging Face folder, or one file for llama.cpp
     to: str = ""  # the folder or .gguf to write; by default `export` or `export.gguf` in out_dir
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the weights in the file; q8_0: gguf only
@@ -138,7 +138,7 @@ def main(config):
     if path.exists():
         sys.exit(f"error: {path} is there already: move it away, or give another with --to=")
 
-    source = find_weights(config.init_from, config.out_dir, config.base)
+    source = find_weights(config.init_from, config.out_dir, config.base, config.tokenizer)
     print(source.about)
     run = read_checkpoint(source.path, mmap=True, resume=False) if source.source == "checkpoint" else {}
     load_tokenizer(**source.tokenizer)  # checks it
@@ -146,33 +146,42 @@ def main(config):
     tokenizer = json.loads(content)
     names = name_tokens(source, tokenizer)
     model = load_network(source)
-    for name in model.state_dict():
-        if re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix(".weight") not in NAMES.values():
-            sys.exit(f"error: transformers' Llama has no {name}: model.py is no longer a Llama")
+    parts = {re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix(".weight") for name in model.state_dict()}
+    for part in parts ^ (set(NAMES.values()) - {"lm_head"}):
+        sys.exit(f"error: {part} is in only one of model.py and transformers' Llama: model.py is no longer a Llama")
+    # q8_0 stores a float16 for each 32 values: a 127th of the largest
+    stored, scale = (torch.float16, 1 / 127) if config.dtype == "q8_0" else (getattr(torch, config.dtype), 1)
+    for name, tensor in model.state_dict().items():
+        if not (gguf and tensor.dim() == 1) and not (tensor * scale).to(stored).isfinite().all():
+            value = f"{name} has the value {tensor.abs().max():.3g}"
+            sys.exit(f"error: {value}, which does not fit {config.dtype}: use --dtype=bfloat16, or float32")
     rows = describe(source, model, run, config)
 
-    unfinished = temporary(path)  # a folder: what is in it has its final name, and is checked there
+    owned = Path(f"{path}.unfinished")
+    unfinished = owned / "files"  # what is in it has its final name, and is checked there
     written = unfinished / path.name
-    try:
-        unfinished.mkdir(parents=True)
-        if gguf:
-            about = ", ".join(f"{label}: {value}" for label, value in rows.items())
-            chat = (tokenizer, source.special_ids, source.chat_template)
-            write_gguf(written, source.config, model.state_dict(), GGUF_TYPES[config.dtype], *chat, path.stem, about)
-        else:
-            write_folder(written, source, model, config.dtype, content, names)
-            write_card(written / "README.md", path.name, rows, run)
-        compared = check_logits(written)
-        for file in [written] if gguf else written.iterdir():
-            with open(file, "rb+") as whole:
-                os.fsync(whole.fileno())
-        put_in_place(written, path)
-    except (OSError, SafetensorError) as error:  # numpy and safetensors say nothing of the cause, a full disk
-        advice = write_hint(error) if getattr(error, "errno", None) else "free some disk, or use another folder"
-        sys.exit(f"error: {path} could not be written ({first_line(error)}): {advice} with --to=")
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(unfinished)
+    with owned_folder(owned, "to"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+        try:
+            unfinished.mkdir()
+            if gguf:
+                about = ", ".join(f"{label}: {value}" for label, value in rows.items())
+                chat = (tokenizer, source.special_ids, source.chat_template)
+                kind = GGUF_TYPES[config.dtype]
+                write_gguf(written, source.config, model.state_dict(), kind, *chat, path.stem, about)
+            else:
+                write_folder(written, source, model, config.dtype, content, names)
+                write_card(written / "README.md", path.name, rows, run)
+            compared = check_logits(written)
+            for file in [written] if gguf else written.iterdir():
+                with open(file, "rb+") as whole:
+                    os.fsync(whole.fileno())
+            put_in_place(written, path)
+        except (OSError, SafetensorError) as error:  # numpy and safetensors say nothing of the cause, a full disk
+            advice = write_hint(error) if getattr(error, "errno", None) else "free some disk, or use another folder"
+            sys.exit(f"error: {path} could not be written ({first_line(error)}): {advice} with --to=")
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in ([path] if gguf else path.iterdir()))
     print(f"{path}: {rows['parameters']} parameters, {config.dtype}, {size / 1e6:,.0f} MB")
     print(compared)

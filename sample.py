@@ -34,6 +34,7 @@ class SampleConfig:
     init_from: str = "resume"  # out_dir's ckpt.pt; or a release's name (base, instruct, ...), a folder, .gguf, .pt
     out_dir: str = "out"  # where that ckpt.pt is
     base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
+    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
     prompt: str | None = None  # what the text begins with; - reads standard input, @FILE a file; by default "The"
     chat: bool = False  # the prompt is a user's question; without a prompt, a conversation in the terminal
     system: str = ""  # chat: the system's message; by default the release's own
@@ -134,7 +135,7 @@ def main(config):
     device = pick_device(config.device)
     dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
-    source = find_weights(config.init_from, config.out_dir, config.base)
+    source = find_weights(config.init_from, config.out_dir, config.base, config.tokenizer)
     print(source.about)
     model = load_network(source).to(device)
     for p in model.parameters():  # in bf16 the weights themselves, because decoding spends its time reading them

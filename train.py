@@ -56,6 +56,7 @@ class TrainConfig(ModelConfig):
     data_dir: str = "data"  # where prepared datasets are
     init_from: str = "scratch"  # scratch, resume, or weights alone: a release's name, a folder, a .gguf, a ckpt.pt
     base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
+    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
     overwrite: bool = False  # start over in an out_dir that holds an earlier run, which is then lost
     # batch: batch_size * gradient_accumulation_steps sequences of block_size tokens per iteration
     batch_size: int = 4  # sequences at once in one process: as many as fit in memory
@@ -284,8 +285,12 @@ def train(config):
         del parts  # a second set of weights and moments need not stay in memory
     else:
         refuse_earlier_run(out_dir, config.overwrite)
-        source = None if config.init_from == "scratch" else find_weights(config.init_from, base=config.base)
+        source = None
+        if config.init_from != "scratch":
+            source = find_weights(config.init_from, base=config.base, tokenizer=config.tokenizer)
         say(source.about if source else f"a new network, from seed {config.seed}")
+        if source and source.tokenizer:  # else it is SmolLM2's own, as the dataset's is
+            load_tokenizer(**source.tokenizer)
         for line in differences(asdict(source.config), asdict(config)) if source else ():
             say(f"    {line}")
         chat = "block_size" in meta or bool(source and source.chat_template)  # how an exported model ends a text
@@ -341,6 +346,7 @@ def train(config):
         return ratio(*sums[:, : config.eval_iters].cpu().double().numpy())
 
     encoding = load_tokenizer() if config.sample_interval else None
+    known = torch.tensor(known_ids(encoding, config.vocab_size), device=device) if encoding else None
     prompt = encode(encoding, config.sample_prompt) or [END_OF_TEXT] if encoding else []
     if len(prompt) > config.max_position_embeddings:
         sys.exit(f"error: sample_prompt is longer than the context ({config.max_position_embeddings}): shorten it")
@@ -348,7 +354,6 @@ def train(config):
     def sample():
         """Return a text that begins with sample_prompt. Its generator is its own, so sampling changes nothing."""
         generator = torch.Generator(device).manual_seed(mix(config.seed, iter_num) >> 1)
-        known = torch.tensor(known_ids(encoding, config.vocab_size), device=device)
         with autocast(device, config.dtype), torch.compiler.set_stance("force_eager"):
             idx = torch.tensor([prompt], device=device)
             new = model.generate(idx, 64, 0.8, top_k=50, known=known, generator=generator)

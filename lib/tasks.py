@@ -39,20 +39,20 @@ class Item(NamedTuple):
 def item_of(row):
     """The Item of a row. Raises ValueError and others if it has no known layout, or cannot be scored."""
     match row:
-        case {"query": context, "choices": choices, "gold": gold}:
+        case {"query": str(context), "choices": [*choices], "gold": gold}:
             pass
-        case {"context_options": context, "continuation": text, "gold": gold}:
+        case {"context_options": [*context], "continuation": text, "gold": gold}:
             choices = [text] * len(context)
-        case {"activity_label": activity, "ctx_a": a, "ctx_b": b, "endings": endings, "label": label}:
+        case {"activity_label": activity, "ctx_a": a, "ctx_b": b, "endings": [*endings], "label": label}:
             context = without_brackets(f"{activity}: {a} {b.capitalize()}")
             choices = [without_brackets(ending) for ending in endings]
             gold = int(label)
-        case {"question": question, "choices": {"text": choices, "label": labels}, "answerKey": key}:
+        case {"question": str(question), "choices": {"text": [*choices], "label": [*labels]}, "answerKey": key}:
             context = f"Question: {question}\nAnswer:"
             gold = labels.index(key)
-        case {"question_stem": context, "choices": {"text": choices, "label": labels}, "answerKey": key}:
+        case {"question_stem": str(context), "choices": {"text": [*choices], "label": [*labels]}, "answerKey": key}:
             gold = labels.index(key.strip())
-        case {"goal": goal, "sol1": first, "sol2": second, "label": gold}:
+        case {"goal": str(goal), "sol1": first, "sol2": second, "label": gold}:
             context = f"Question: {goal}\nAnswer:"
             choices = [first, second]
         case {"sentence": sentence, "option1": first, "option2": second, "answer": answer}:
@@ -61,8 +61,9 @@ def item_of(row):
             choices = [after.strip()] * 2
             gold = int(answer) - 1
         case _:
-            raise ValueError(f"{reprlib.repr(sorted(row) if isinstance(row, dict) else row)} is no layout of an item")
-    item = Item([context] * len(choices) if isinstance(context, str) else list(context), list(choices), gold)
+            keys = reprlib.repr(sorted(row) if isinstance(row, dict) else row)
+            raise ValueError(f"{keys} is no layout of an item, with a text for a question and a list of choices")
+    item = Item([context] * len(choices) if isinstance(context, str) else context, choices, gold)
     if not all(isinstance(text, str) for text in item.contexts + item.continuations):
         raise ValueError("a question or a choice is not text")
     if not all(item.continuations) or len(item.contexts) < 2:

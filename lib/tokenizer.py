@@ -26,10 +26,10 @@ TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888
 IDS_SHA256 = "bfae0c0b51f83765101f7c9ac09142181b12dae9e4e060721a4819d80384d060"  # of what decides about ids
 END_OF_TEXT = 0  # <|endoftext|>: ends each document; the base model's bos and eos
 
-OTHER = "no tokenizer but SmolLM2's is supported, name a network of its kind"
+OTHER = "name a model with SmolLM2's tokenizer, or use SmolLM2's own with --tokenizer=base"
 
-DIGITS = {"type": "Digits", "individual_digits": True}  # the pre-tokenizer has two steps: this one and BYTE_LEVEL
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZER = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 N_SPECIAL = 17  # ids 0 to 16
 
 # Both steps as one pattern for tiktoken. Hugging Face splits off every digit, in any script (Nd, Nl and No), before
@@ -82,9 +82,13 @@ def check_tokenizer(tokenizer):
     """
     model = tokenizer["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]  # two spellings
-    parts = [model["vocab"], merges, tokenizer.get("normalizer"), tokenizer["pre_tokenizer"]]
+    joins_digits = tokenizer["pre_tokenizer"] == BYTE_LEVEL
+    rules = PRE_TOKENIZER if joins_digits else tokenizer["pre_tokenizer"]
+    parts = [model["vocab"], merges, tokenizer.get("normalizer"), rules]
     if hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() != IDS_SHA256:
         raise ValueError("it has other tokens, merges or rules")
+    if joins_digits:
+        raise ValueError("it no longer splits digits, as transformers 5 saves it")
     ids = {name: i for name, i in model["vocab"].items() if i < N_SPECIAL}
     added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     new = [i for name, i in added.items() if name not in ids]
@@ -110,7 +114,9 @@ def encode(encoding, text):
 
 
 def known_ids(encoding, vocab_size):
-    """Return whether each id below vocab_size stands for a token, a list of bool. A vocabulary may be padded."""
+    """Return whether each id below vocab_size is a token, a list of bool. A vocabulary may be padded, not smaller."""
+    if vocab_size < VOCAB_SIZE:
+        sys.exit(f"error: the model has {vocab_size:,} token ids, SmolLM2's tokenizer {VOCAB_SIZE:,}: name another")
     added = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     return [i < VOCAB_SIZE or i in added for i in range(vocab_size)]
 
@@ -122,6 +128,12 @@ def token_sizes(encoding, vocab_size):
     return sizes
 
 
+def tokenizer_files(folder):
+    """Return the files of a folder's tokenizer, of any kind: its tokenizer.json comes first."""
+    patterns = ("tokenizer.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
+    return [file for pattern in patterns for file in sorted(Path(folder).glob(pattern))]
+
+
 def tokenizer_json(path=None):
     """
     Return (bytes of tokenizer.json, their origin). path: a GGUF file, or a folder with a tokenizer.json; without
@@ -130,10 +142,10 @@ def tokenizer_json(path=None):
     """
     if path and Path(path).is_file():
         return gguf_tokenizer_json(path), f"rebuilt from {path}"
-    if path and (file := Path(path) / "tokenizer.json").exists():
-        return file.read_bytes(), str(file)
-    if path and (other := [*Path(path).glob("tokenizer.model"), *Path(path).glob("vocab.json")]):
-        sys.exit(f"error: {other[0]} is a tokenizer of another kind: {OTHER}")
+    if path and (files := tokenizer_files(path)):
+        if files[0].name != "tokenizer.json":
+            sys.exit(f"error: {files[0]} has no tokenizer.json beside it, the only kind that is read: {OTHER}")
+        return files[0].read_bytes(), str(files[0])
 
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow, so it is imported only when needed
 
@@ -165,10 +177,13 @@ def gguf_tokenizer_json(path):
 
     from lib.gguf import header_value
 
-    names = ("pre", "tokens", "token_type", "merges")
-    pre, tokens, types, merges = (header_value(path, f"tokenizer.ggml.{name}") for name in names)
-    if None in (tokens, types, merges) or pre != "smollm":  # llama.cpp's name for this pre-tokenizer
-        sys.exit(f"error: {path} does not hold SmolLM2's tokenizer: {OTHER}")
+    values = {name: header_value(path, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges", "pre")}
+    for name, value in values.items():
+        if value is None:
+            sys.exit(f"error: {path} has no tokenizer.ggml.{name} in its header: {OTHER}")
+    tokens, types, merges, pre = values.values()
+    if pre != "smollm":  # llama.cpp's name for this pre-tokenizer
+        sys.exit(f"error: {path} has tokenizer.ggml.pre = {pre!r}, not 'smollm': {OTHER}")
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     added = [
         {"id": i, "content": token} | plain | {"special": kind == gguf.TokenType.CONTROL}
@@ -177,7 +192,7 @@ def gguf_tokenizer_json(path):
     ]
     content = dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}, post_processor=None,
+        pre_tokenizer=PRE_TOKENIZER, post_processor=None,
         decoder=BYTE_LEVEL | {"add_prefix_space": True},
         model=dict(
             type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,

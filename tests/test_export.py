@@ -1,8 +1,10 @@
 """export.py: what transformers and llama.cpp load from an export is the model in the checkpoint."""
 
 import json
+import os
 import resource
 import shutil
+import signal
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -212,10 +214,49 @@ def test_a_full_disk(form, bytes, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
+@pytest.mark.parametrize("flags, value, fits", [
+    (["--dtype=float16"], 1e5, False), (["--dtype=bfloat16"], 1e5, True), (["--dtype=float16"], 6.5e4, True),
+    (["--dtype=q8_0", "--format=gguf"], 8.4e6, False), (["--dtype=q8_0", "--format=gguf"], 8.3e6, True),
+])  # fmt: skip
+def test_a_value_that_does_not_fit_is_refused_before_anything_is_written(flags, value, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "check_logits", str)  # slow, and not what this is about
+    model = write(tmp_path, replace(CONFIG, num_hidden_layers=1))
+    model.state_dict()["model.layers.0.mlp.down_proj.weight"][2, 3] = -value
+    save_checkpoint(tmp_path, model)
+    config = configure(ExportConfig, [f"--out_dir={tmp_path}", *flags])
+    if fits:
+        export.main(config)
+        return
+    message = refusal(export.main, config)
+    dtype = flags[0].removeprefix("--dtype=")
+    assert f"down_proj.weight has the value {value:.3g}, which does not fit {dtype}: use --dtype=bfloat16" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("form, name", [("hf", "export"), ("gguf", "export.gguf")])
+def test_the_next_export_removes_what_a_killed_one_left(form, name, tmp_path, monkeypatch):
+    write(tmp_path, replace(CONFIG, num_hidden_layers=1))
+    config = ExportConfig(out_dir=str(tmp_path), format=form)
+    parent = os.getpid()
+    monkeypatch.setattr(export, "check_logits", lambda path: os.getpid() == parent or os.kill(os.getpid(), 9))
+    if (child := os.fork()) == 0:
+        export.main(config)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert sum(path.stat().st_size > 10**7 for path in tmp_path.rglob("*")) == 2
+    export.main(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", name]
+
+
 class WithQKNorm(model_py.Attention):
     def __init__(self, config):
         super().__init__(config)
         self.q_norm = model_py.RMSNorm(config.head_dim, config.rms_norm_eps)
+
+
+class WithoutNorm(model_py.Block):
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_attention_layernorm = torch.nn.Identity()
 
 
 def gelu(self, x):
@@ -223,16 +264,16 @@ def gelu(self, x):
 
 
 @pytest.mark.parametrize("form, change, message", [
-    ("hf", ("Attention", WithQKNorm), "has no model.layers.0.self_attn.q_norm.weight"),
-    ("gguf", ("Attention", WithQKNorm), "has no model.layers.0.self_attn.q_norm.weight"),
-    ("hf", ("MLP.forward", gelu), "computes other logits (relative error"),
-    ("gguf", ("MLP.forward", gelu), "computes other logits (relative error"),
+    ("hf", ("Attention", WithQKNorm), "self_attn.q_norm is in only one of model.py and transformers' Llama"),
+    ("gguf", ("Block", WithoutNorm), "post_attention_layernorm is in only one of model.py and transformers' Llama"),
+    ("hf", ("MLP.forward", gelu), "transformers' Llama computes other logits (relative error"),
+    ("gguf", ("MLP.forward", gelu), "transformers' Llama computes other logits (relative error"),
 ])  # fmt: skip
 def test_a_changed_model_is_not_called_a_llama(form, change, message, monkeypatch, tmp_path):
     monkeypatch.setattr(f"model.{change[0]}", change[1])
     write(tmp_path)
     found = refusal(export.main, ExportConfig(out_dir=str(tmp_path), format=form))
-    assert f"error: transformers' Llama {message}" in found and found.endswith(": model.py is no longer a Llama")
+    assert f"error: {message}" in found and found.endswith(": model.py is no longer a Llama")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 

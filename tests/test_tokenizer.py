@@ -1,5 +1,7 @@
 """lib/tokenizer.py gives the same ids as `tokenizers`, the library that made the release's tokenizer, on any text."""
 
+import contextlib
+import importlib
 import json
 import sysconfig
 from pathlib import Path
@@ -7,10 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import refusal
+from networks import llama, refusal, save, save_checkpoint, tiny, write_dataset
+from transformers import AutoTokenizer
 
+import sample
+from configurator import configure
 from lib import tokenizer
-from lib.tokenizer import END_OF_TEXT, NO_TOKEN, VOCAB_SIZE, encode, load_tokenizer, tokenizer_json
+from lib.files import sha256_of
+from lib.tokenizer import END_OF_TEXT, NO_TOKEN, TOKENIZER_SHA256, VOCAB_SIZE, encode, load_tokenizer, tokenizer_json
 
 # Pieces for the corner cases of the pattern. Tests join them in any order, with any other characters between them.
 PIECES = [
@@ -182,3 +188,65 @@ def test_a_tokenizer_may_add_tokens(encoding, tmp_path):
     other = load_tokenizer(tmp_path)
     assert other.decode([VOCAB_SIZE]) == "<pad>" and other.encode_single_token("<pad>") == VOCAB_SIZE
     assert encode(other, "a <pad>\x04 1") == encode(encoding, "a <pad>\x04 1")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"]
+)
+def test_a_folder_with_another_kind_of_tokenizer_is_refused(name, tmp_path):
+    (tmp_path / name).touch()
+    message = refusal(load_tokenizer, tmp_path)
+    assert f"{name} has no tokenizer.json beside it" in message and "--tokenizer=base" in message
+
+
+@pytest.fixture(scope="module")
+def saved_again(tmp_path_factory):
+    """A folder with a model and SmolLM2's tokenizer, as transformers 5 saves it again."""
+    folder = save(tmp_path_factory.mktemp("saved_again"), llama(vocab_size=VOCAB_SIZE))
+    (folder / "tokenizer.json").write_bytes(tokenizer_json()[0])
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')  # as the release's says
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+SMALL = ["--device=cpu", "--dtype=float32"]
+TEXT = [*SMALL, "--text=notes.txt", "--window=8"]
+ONE_ITERATION = [*SMALL, "--dataset=text", "--max_iters=1", "--block_size=8", "--batch_size=1", "--eval_iters=1"]
+
+
+@pytest.mark.parametrize("script, flags, names", [
+    ("sample", [*SMALL, "--max_new_tokens=2"], "--init_from"), ("evaluate", TEXT, "--init_from"),
+    ("evaluate", [*TEXT, "--init_from=ours"], "--against"), ("export", ["--to=copy"], "--init_from"),
+    ("train", [*ONE_ITERATION, "--sample_interval=0"], "--init_from"),
+])  # fmt: skip
+def test_every_script_refuses_it_or_uses_smollm2s_own(
+    script, flags, names, saved_again, encoding, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("It was 12 o'clock.")
+    save_checkpoint(tmp_path / "ours", tiny())
+    write_dataset(tmp_path / "data/text", vocab_size=VOCAB_SIZE)
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "load_tokenizer", lambda path=None: load_tokenizer(path) if path else encoding)
+    if script == "train":
+        monkeypatch.setattr(module, "end_on_signals", lambda: None)
+        monkeypatch.setattr(module, "note_signals", list)
+
+    def run(*more):
+        cls, saved = getattr(module, f"{script.title()}Config"), getattr(module, "saved_settings", None)
+        module.main(configure(cls, [f"{names}={saved_again}", *flags, *more], saved))
+
+    message = refusal(run)
+    assert "it no longer splits digits, as transformers 5 saves it" in message and "--tokenizer=base" in message
+    assert not (tmp_path / "copy").exists() and not (tmp_path / "out/ckpt.pt").exists()
+    with contextlib.nullcontext() if script != "train" else pytest.raises(SystemExit, match="^0$"):
+        run("--tokenizer=base")
+    assert script != "export" or sha256_of("copy/tokenizer.json") == TOKENIZER_SHA256
+
+
+def test_a_vocabulary_smaller_than_smollm2s_is_refused(encoding, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load_tokenizer", lambda path: encoding)
+    folder = save(tmp_path / "small")
+    message = refusal(sample.main, configure(sample.SampleConfig, [*SMALL, f"--init_from={folder}"]))
+    assert "the model has 96 token ids, SmolLM2's tokenizer 49,152: name" in message
+    assert "note: there is no tokenizer.json beside these weights" in capsys.readouterr().out

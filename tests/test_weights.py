@@ -13,8 +13,11 @@ import peft
 import pytest
 import torch
 from networks import llama, load, refusal, same_logits, save, save_checkpoint, write_gguf
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file, save_model
 from spoil import spoil
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.fsdp._common_utils import FSDP_PREFIX, clean_tensor_name
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lib.tokenizer import tokenizer_json
@@ -128,6 +131,30 @@ def in_shards(folder):
     return folder
 
 
+def by_save_model(folder):
+    """safetensors keeps one of two tied tensors, and names the other in its header."""
+    save_model(llama(seed=4), str(folder / "model.safetensors"))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"model.embed_tokens.weight": "lm_head.weight"}
+    return folder
+
+
+def in_wrappers(folder):
+    """With the prefixes of a compiled layer, of FSDP and of checkpointing, and with RoPE's frequencies."""
+    network = llama(seed=4)
+    network.model.layers[1] = torch.compile(network.model.layers[1])
+    tensors = network.state_dict()
+    assert "model.layers.1._orig_mod.mlp.up_proj.weight" in tensors
+    for name in list(tensors):
+        wrapped = name.replace("self_attn.", f"self_attn.{FSDP_PREFIX}").replace("mlp.", f"mlp.{_CHECKPOINT_PREFIX}")
+        assert clean_tensor_name(wrapped) == name
+        tensors[FSDP_PREFIX + wrapped] = tensors.pop(name)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
 def gguf(name):
     return lambda folder: Path(write_gguf(folder / name, llama(seed=4)))
 
@@ -165,6 +192,8 @@ def alone(make):
 
 READ = {  # form: (a function that makes it of a folder and returns the path to name, words of `about`)
     "pytorch_model.bin": (lambda f: moved("pytorch_model.bin")(f).parent, "pytorch_model.bin sha256"),
+    "safetensors' save_model's": (by_save_model, "model.safetensors sha256"),
+    "wrapped": (in_wrappers, "pytorch_model.bin sha256"),
     "shards of it": (in_shards, "pytorch_model-00002-of-00002.bin sha256"),
     "a .bin, named": (moved("any.bin", "module._orig_mod."), "from file"),
     "a .safetensors, named": (moved("mine.safetensors"), "mine.safetensors sha256"),
