@@ -23,6 +23,7 @@ import typing
 from pathlib import Path
 
 from lib.errors import reject
+from lib.limits import check_limits
 
 PATHS = {"out_dir", "data_dir", "dataset", "init_from", "against", "base", "to", "json", "text", "items"}  # ~ works
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -74,6 +75,7 @@ def configure(cls, argv=None, saved=None):
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         values = saved(types.SimpleNamespace(**defaults | values)) | values
     try:
+        check_limits(values)
         return cls(**values)
     except (TypeError, ValueError) as error:  # a number beyond its limits, or two settings that contradict each other
         reject(str(error))
@@ -105,14 +107,6 @@ def convert(text, kind):
     if choices:
         return choices[choices.index(text)]
     return bool(["False", "True"].index(text)) if kind is bool else kind(text)
-
-
-def check_limits(config, **limits):
-    """Raise ValueError if a setting that is not None lies outside its (smallest, largest) value."""
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:  # NaN is in no range
-            raise ValueError(f"{name} is {value}: it must be a number from {low:,} to {high:,}")
 
 
 def differences(old, new):

@@ -1,5 +1,13 @@
 """
-The whole network: SmolLM2, a Llama-style decoder. Token ids go in, logits or a loss come out.
+SmolLM2, a Llama-style language model, in one file.
+
+Notable features:
+- RMSNorm before attention and MLP (pre-norm), and once more before the head
+- rotary position embeddings (RoPE) with theta 100,000, in the half-split layout
+- grouped-query attention (GQA): 9 query heads share 3 key/value heads
+- SwiGLU in the MLP
+- the head is tied to the embedding; no biases anywhere
+- every matrix starts with a standard deviation of 1/24
 
     model = SmolLM2(ModelConfig())         # the shape of SmolLM2-135M, random weights
     logits = model(idx)                    # (B, T) -> (B, T, V)
@@ -9,14 +17,16 @@ The whole network: SmolLM2, a Llama-style decoder. Token ids go in, logits or a 
 `python model.py` prints the parameter table. Modules are named as in the release, so its state dict loads with
 strict=True and no key map.
 
+References: SmolLM2 arXiv 2502.02737, Llama 2302.13971, RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, SwiGLU
+2002.05202, tied embeddings 1608.05859. The release: https://huggingface.co/HuggingFaceTB/SmolLM2-135M
+
 Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value heads, D head dimension,
-V vocabulary, S positions held in the KV cache.
+V vocabulary, S positions in the KV cache.
 """
 
 import math
 import platform
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch._inductor.config
@@ -27,34 +37,21 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network, under the release's own names. The defaults are SmolLM2-135M."""
+    """The model's settings, named as in the release's config.json. The defaults are SmolLM2-135M."""
 
-    vocab_size: int = 49_152  # tokens
+    vocab_size: int = 49_152  # number of token ids
     hidden_size: int = 576  # width of the residual stream
     intermediate_size: int = 1_536  # width of the MLP
     num_hidden_layers: int = 30  # blocks
     num_attention_heads: int = 9  # query heads
-    num_key_value_heads: int = 3  # key/value heads; each is shared by as many query heads
-    head_dim: int = 64  # width of a head
-    max_position_embeddings: int = 8_192  # the context: the longest sequence the network can read
+    num_key_value_heads: int = 3  # key/value heads, each shared by an equal number of query heads
+    head_dim: int = 64  # width of one head
+    max_position_embeddings: int = 8_192  # context length: the longest sequence the model can read
     rope_theta: float = 100_000.0  # base of the rotary frequencies
-    rms_norm_eps: float = 1e-5  # added under the root of RMSNorm
+    rms_norm_eps: float = 1e-5  # epsilon inside RMSNorm's square root
     initializer_range: float = 1 / 24  # standard deviation of the initial weights
 
-    LIMITS: ClassVar = {  # smallest and largest value of each number, wherever it comes from
-        "vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**20),
-        "num_hidden_layers": (1, 1_000), "num_attention_heads": (1, 1_000), "num_key_value_heads": (1, 1_000),
-        "head_dim": (2, 2**16), "max_position_embeddings": (1, 2**20), "rope_theta": (1.0, 1e12),
-        "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 100.0),
-    }  # fmt: skip
-
     def __post_init__(self):
-        for name, (low, high) in self.LIMITS.items():
-            value, whole = getattr(self, name), type(low) is int
-            numbers = (int,) if whole else (int, float)
-            if type(value) not in numbers or not low <= value <= high:  # NaN is in no range
-                kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{name} is {value!r}: it must be {kind} from {low:,.9g} to {high:,.9g}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -91,7 +88,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x @ weight.T, without a bias."""
+    """nn.Linear without a bias. It calls linear() below, which has a faster path for decoding one token."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
@@ -101,7 +98,7 @@ class Linear(nn.Linear):
 
 
 def rope_tables(config, length):
-    """cos and sin of position * theta^(-2i/D), each (length, D/2) in fp32."""
+    """Return cos and sin of position * theta^(-2i/D), each (length, D/2) in fp32."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim  # (D/2,)
     angles = torch.outer(torch.arange(length).float(), 1.0 / config.rope_theta**exponents)  # (length, D/2)
     return angles.cos(), angles.sin()
@@ -109,9 +106,8 @@ def rope_tables(config, length):
 
 def rotate(x, cos, sin):
     """
-    RoPE: rotate x (B, H, T, D) by its positions, with tables (T, D/2). The pairs are (i, i + D/2), the
-    "half-split" layout of the release. The other convention, pairs (2i, 2i + 1), is a different network with
-    the same shapes.
+    Rotate x (B, H, T, D) by its positions (RoPE), with tables (T, D/2). The pairs are (i, i + D/2), the "half-split"
+    layout of the release. The other convention, pairs (2i, 2i + 1), is a different model with the same shapes.
     """
     x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each, in fp32 like the tables
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
@@ -120,20 +116,16 @@ def rotate(x, cos, sin):
 def attend(q, k, v):
     """
     Causal attention: softmax(q k^T / sqrt(D)) v, with q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
-    Query head h uses key/value head h // (H/K). The queries are those of the newest T of the S positions.
+    Query head h uses key/value head h // (H/K). The T queries belong to the last T of the S positions.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T > 512 or T > 1 and q.device.type != "cpu":
-        return attend_long(q, k, v)
-    if T == 1 and torch.compiler.is_compiling():
-        return attend_one(q, k, v)
-    q = q.reshape(B, K, H // K * T, D) * D**-0.5  # the query heads of a group, one after another
+    q = q.reshape(B, K, H // K * T, D) * D**-0.5  # stack the query heads that share a key/value head
     scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
     if T > 1:
         position = torch.arange(S, device=q.device)
         scores = torch.where(position[S - T :, None] >= position, scores, -torch.inf)
-    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)  # the softmax itself computes in fp32
+    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, S)  # the softmax itself is computed in fp32
     return (weights @ v).view(B, H, T, D)
 
 
@@ -157,7 +149,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
-        y = attend(q, k, v)  # (B, H, T, D)
+        y = attention(q, k, v)  # (B, H, T, D), by attend() or one of its faster versions
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -202,7 +194,7 @@ class SmolLM2(nn.Module):
         )
         # The head is tied: logits = x @ embed_tokens.weight.T, so there is no lm_head.
         self.activation_checkpointing = False  # True: store only each block's input, recompute the rest in backward
-        self.compiled = False  # whether compile() was called
+        self.compiled = False  # set by compile()
         cos, sin = rope_tables(config, config.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)  # computed, so not part of the state dict
         self.register_buffer("sin", sin, persistent=False)
@@ -214,9 +206,9 @@ class SmolLM2(nn.Module):
 
     def hidden(self, idx, caches=None):
         """
-        Token ids (B, T) -> final hidden states (B, T, C), after the last norm.
+        Return the final hidden states (B, T, C), after the last norm, of token ids (B, T).
 
-        caches  one KVCache per layer. Positions continue from what they hold, and T must be 1 unless they are empty.
+        caches  one KVCache per layer. Positions continue after the cached ones; once a cache holds any, T must be 1.
         """
         past = caches[0].length if caches else 0
         T = idx.shape[1]
@@ -237,14 +229,14 @@ class SmolLM2(nn.Module):
         return self.model.norm(x)
 
     def head(self, x):
-        """Hidden states (..., C) -> logits (..., V)."""
+        """Return the logits (..., V) of hidden states (..., C)."""
         return linear(x, self.model.embed_tokens.weight)
 
     def forward(self, idx, targets=None):
         """
-        idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy, a scalar in
-        nats per token, in fp32. A target of -1 carries no loss and does not count in the mean.
-        Raises ValueError when T exceeds max_position_embeddings.
+        Return the logits (B, T, V) of token ids (B, T) int64. With targets (B, T), return the mean cross-entropy, a
+        scalar in nats per token, in fp32. Targets of -1 are ignored. Raise ValueError if T exceeds
+        max_position_embeddings.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -253,9 +245,14 @@ class SmolLM2(nn.Module):
 
     def compile(self, whole=False):
         """
-        torch.compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes, and
-        several processes exchange one block's gradients while backward goes on. whole=True compiles forward() as one.
+        Compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes, and DDP can
+        overlap one block's all-reduce with the backward pass of the next. whole=True compiles forward() as one.
         """
+        # torch.compile writes C++ that is vectorized already. If GCC 12 vectorizes it again, transposed tiles of
+        # bf16 can come out wrong, and gradients with them (seen on an Emerald Rapids CPU). So tell GCC not to.
+        cpp = torch._inductor.config.cpp
+        if platform.system() == "Linux" and platform.machine() == "x86_64" and cpp.march is None:
+            cpp.march = "native -fno-tree-slp-vectorize"
         if whole:
             return super().compile()
         for block in self.model.layers:
@@ -265,36 +262,36 @@ class SmolLM2(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop_ids=(), known=None,
-        generator=None,
+        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop_ids=(),
+        allowed=None, generator=None,
     ):  # fmt: skip
         """
         Continue idx (B, T) by up to max_new_tokens, yielding one (B,) tensor of new ids at a time.
 
-        temperature         0 is greedy: always the likeliest token
-        top_k               keep the k likeliest tokens; 0 or less keeps all
-        top_p               keep the fewest likeliest tokens whose probabilities add up to p
-        repetition_penalty  divide the logits of ids in idx by this where positive, else multiply (arXiv 1909.05858)
-        stop_ids            end once every row has produced one of these; a row that has repeats it until then
-        known               (V,) bool: the ids that may be drawn; by default all
-        generator           torch.Generator to draw from, so that sampling disturbs no other random numbers
+        temperature         0 means greedy decoding (argmax)
+        top_k               keep the k most likely tokens; 0 or less keeps all
+        top_p               nucleus sampling: keep the smallest set of most likely tokens with a total probability of p
+        repetition_penalty  divide the logits of ids in idx by this if positive, else multiply (arXiv 1909.05858)
+        stop_ids            stop once every row has produced one of these; a finished row repeats its stop id
+        allowed             (V,) bool: the ids that may be sampled (default: all)
+        generator           torch.Generator to draw from, so sampling leaves other random numbers alone
 
-        When the context (max_position_embeddings) is full, the older half is forgotten.
-        Raises ValueError when idx itself is longer than the context.
+        When the context (max_position_embeddings) is full, the older half of it is dropped.
+        Raise ValueError if idx itself is longer than the context.
         """
         context = self.config.max_position_embeddings
         size = min(context, idx.shape[1] + max_new_tokens)
         caches = [KVCache(size) for _ in self.model.layers]
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        unread = idx  # what the network has not read yet
+        unread = idx  # ids that the model has not read yet
         for _ in range(max_new_tokens):
             if caches[0].length == context:  # full: read the newer half again, from position 0
                 unread = idx[:, -(context - context // 2) :]
                 caches = [KVCache(context) for _ in caches]
             x = self.hidden(unread, caches)[:, -1]  # (B, C)
             logits = self.head(x).float()  # (B, V)
-            if known is not None:
-                logits = logits.masked_fill(~known, -torch.inf)
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed, -torch.inf)
             if repetition_penalty != 1:
                 seen = logits.gather(1, idx)  # (B, T)
                 seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
@@ -311,15 +308,15 @@ class SmolLM2(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer: room for `size` positions, filled from the left."""
+    """The keys and values of one layer: up to `size` positions, filled from the left."""
 
     def __init__(self, size):
         self.size, self.length = size, 0
         self.k = self.v = None
 
     def append(self, k, v):
-        """k, v (B, K, T, D), the newest positions -> all keys and values so far, (B, K, S, D) each."""
-        if self.k is None:  # only now are the heads, the dtype and the device known
+        """Append k, v (B, K, T, D) of the newest positions. Return all keys and values so far, (B, K, S, D) each."""
+        if self.k is None:  # allocate on first use, when shape, dtype and device are known
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (k, v))
         start, self.length = self.length, self.length + k.shape[2]
         self.k[:, :, start : self.length] = k
@@ -328,35 +325,35 @@ class KVCache:
 
 
 def sample_ids(logits, temperature, top_k, top_p, generator):
-    """Draw one id per row of logits (B, V): (B,)."""
+    """Draw one id per row of logits (B, V). Return them, (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(sampling_probs(logits / temperature, top_k, top_p), 1, generator=generator).squeeze(1)
 
 
 def sampling_probs(logits, top_k, top_p):
-    """Sampling probabilities from logits (B, V): the softmax, with 0 for ids that top_k or top_p leaves out."""
+    """Return the softmax of logits (B, V), with 0 for ids that top_k or top_p leaves out."""
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
     if top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
-        before = sorted_probs.cumsum(-1) - sorted_probs  # the sum of all likelier tokens
-        out = (before >= top_p) & (before > 0)  # the likeliest token always stays
-        probs = probs.scatter(-1, order, sorted_probs.masked_fill(out, 0.0))
+        before = sorted_probs.cumsum(-1) - sorted_probs  # the sum of all more likely tokens
+        outside = (before >= top_p) & (before > 0)  # the most likely token always stays
+        probs = probs.scatter(-1, order, sorted_probs.masked_fill(outside, 0.0))
     return probs
 
 
 def parameter_table(config):
-    """Account for every parameter, as lines of text, counted from the network's own tensors."""
+    """Return a table of parameter counts by module, as text, counted from the model's own tensors."""
     with torch.device("meta"):  # shapes without memory
-        network = SmolLM2(config)
-    embed_tokens, layers, norm = network.model.values()
-    rows = [("embed_tokens (the head as well)", embed_tokens), ("one block", layers[0])]
+        model = SmolLM2(config)
+    embed_tokens, layers, norm = model.model.values()
+    rows = [("embed_tokens (and tied head)", embed_tokens), ("one block", layers[0])]
     for part, module in layers[0].named_children():
         rows += [(f"  {part}", module), *((f"    {name}", matrix) for name, matrix in module.named_children())]
-    rows += [(f"all {len(layers)} blocks", layers), ("norm", norm), ("total", network)]
+    rows += [(f"all {len(layers)} blocks", layers), ("norm", norm), ("total", model)]
     lines = []
     for name, module in rows:
         shape = " x ".join(f"{n:,}" for n in module.weight.shape) if hasattr(module, "weight") else ""
@@ -366,21 +363,25 @@ def parameter_table(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# The same, faster. Nothing below changes what the network computes, only how long it takes.
-
-
-# torch.compile writes C++ that is vectorized already. When GCC 12 vectorizes it once more, transposed tiles of bf16 can
-# come out wrong, and gradients with them (seen on an Emerald Rapids CPU). So GCC is told not to.
-if platform.system() == "Linux" and platform.machine() == "x86_64" and torch._inductor.config.cpp.march is None:
-    torch._inductor.config.cpp.march = "native -fno-tree-slp-vectorize"
+# The same, faster. Nothing below changes what the model computes, only how long it takes.
 
 
 def linear(x, weight):
-    """x (..., C) @ weight.T, weight (N, C) -> (..., N)."""
+    """Return x (..., C) @ weight.T, weight (N, C) -> (..., N)."""
     if x.numel() == x.shape[-1] and torch.compiler.is_compiling():
-        # Memory-bound at one token: as multiply-and-sum, inductor reads the weights once, at full bandwidth.
+        # One token is memory-bound: as multiply-and-sum, inductor reads the weights once, at full bandwidth.
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
+
+
+def attention(q, k, v):
+    """Return attend(q, k, v), by the fastest of three versions."""
+    T = q.shape[2]
+    if T > 512 or T > 1 and q.device.type != "cpu":
+        return attend_long(q, k, v)
+    if T == 1 and torch.compiler.is_compiling():
+        return attend_one(q, k, v)
+    return attend(q, k, v)
 
 
 # Whether this CPU has Intel's matrix unit. With it, torch's fused attention is faster than the chunks below.
@@ -391,11 +392,11 @@ def attend_long(q, k, v):
     """attend() for long sequences, and on GPUs: without storing the (T, T) scores."""
     training = q.requires_grad and torch.compiler.is_compiling()
     if training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not AMX:
-        # 512 queries at a time, with the keys up to theirs; backward makes their weights again, to save memory
+        # 512 queries at a time against the keys they can see; checkpoint() recomputes the weights, to save memory
         ends = range(512, q.shape[2] + 512, 512)
         parts = [(q[:, :, end - 512 : end], k[:, :, :end], v[:, :, :end]) for end in ends]
         return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in parts], dim=2)
-    if q.device.type != "cpu" and q.dtype != torch.bfloat16:  # only the slowest kernel takes grouped queries then
+    if q.device.type != "cpu" and q.dtype != torch.bfloat16:  # outside bf16, only SDPA's slow kernel groups queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -410,18 +411,18 @@ def attend_one(q, k, v):
 
 
 def cross_entropy(x, head, targets, compiled=False):
-    """Mean cross-entropy in nats, a scalar, of logits x @ head.T: x (N, C), head (V, C), targets (N,), -1 for none."""
-    if x.device.type == "cpu":  # a GPU would have to wait for the count
+    """Return the mean cross-entropy of logits x @ head.T, in nats: x (N, C), head (V, C), targets (N,), -1 for none."""
+    if x.device.type == "cpu":  # on a GPU, reading the count would force a sync
         kept = targets >= 0
-        n = 64 * math.ceil(int(kept.sum()) / 64)  # rounded up: each new number of rows costs memory
-        if n < len(x):  # what carries no loss needs no logits
+        n = 64 * math.ceil(int(kept.sum()) / 64)  # a multiple of 64, because every new shape costs memory
+        if n < len(x):  # ignored targets need no logits
             rows = kept.argsort(descending=True, stable=True)[:n]
             x, targets = x[rows], targets[rows]
     return ChunkedCrossEntropy.apply(x, head, targets, torch.is_grad_enabled(), compiled)
 
 
 def softmax_loss(logits, targets):
-    """-log softmax at the targets: logits (n, V), targets (n, 1) -> (n, 1). Its gradient takes the logits' place."""
+    """Return -log softmax (n, 1) of logits (n, V) at targets (n, 1). Overwrite the logits with their gradient."""
     log_probs = logits.float().log_softmax(-1)
     at_target = log_probs.gather(1, targets)
     if torch.compiler.is_compiling():  # softmax - one-hot in one pass, where a scatter would be a second
@@ -437,29 +438,32 @@ compiled_softmax_loss = torch.compile(softmax_loss)  # compiled when it is first
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    F.cross_entropy(F.linear(x, head), targets) without ever holding all logits: forward goes chunk by chunk and
-    computes each chunk's gradients while its logits are there. At V = 49,152 the logits of 16,384 tokens are
-    3.2 GB in fp32, and their gradient as much again. Matrix products use autocast's dtype, the softmax and the sums
-    fp32.
+    F.cross_entropy(F.linear(x, head), targets) without materializing all the logits: forward goes chunk by chunk and
+    computes each chunk's gradients while its logits exist. At V = 49,152 the logits of 16,384 tokens take 3.2 GB in
+    fp32, and their gradient another 3.2. Matmuls use autocast's dtype, the softmax and the sums fp32.
     """
 
-    CHUNK = {"cpu": 512}  # tokens per matrix product: 50 MB of logits in bf16, 100 in fp32
-    ROWS = 32  # tokens per softmax where it is not compiled: 6 MB in fp32, so that its passes find them in the cache
+    CHUNK = {"cpu": 512}  # tokens per matmul: 50 MB of logits in bf16, 100 in fp32
+    ROWS = 32  # tokens per softmax if it is not compiled: 6 MB in fp32, which stay in the cache
 
     @staticmethod
     def forward(ctx, x, head, targets, with_grad, compiled):
-        device, loss_of = x.device.type, compiled_softmax_loss if compiled else softmax_loss
-        CHUNK = ChunkedCrossEntropy.CHUNK.get(device, 4_096)
-        ROWS = ChunkedCrossEntropy.ROWS if device == "cpu" and not compiled else CHUNK
+        device = x.device.type
+        compute_loss = compiled_softmax_loss if compiled else softmax_loss
+        chunk = ChunkedCrossEntropy.CHUNK.get(device, 4_096)
+        rows = ChunkedCrossEntropy.ROWS if device == "cpu" and not compiled else chunk
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, kept, targets = head.to(dtype), targets[:, None] >= 0, targets[:, None].clamp(0)  # (V, C), (N, 1), (N, 1)
+        w = head.to(dtype)  # (V, C)
+        kept = targets[:, None] >= 0  # (N, 1)
+        targets = targets[:, None].clamp(0)  # (N, 1)
         loss = torch.zeros((), device=x.device)
-        dx, dw = torch.empty_like(x), torch.zeros_like(head) if with_grad and not len(x) else None
-        for i in range(0, len(x), CHUNK):
-            h = x[i : i + CHUNK].to(dtype)  # (n, C)
+        dx = torch.empty_like(x)
+        dw = None if len(x) else torch.zeros_like(head)
+        for i in range(0, len(x), chunk):
+            h = x[i : i + chunk].to(dtype)  # (n, C)
             logits = F.linear(h, w)  # (n, V)
-            t_chunk, k_chunk = targets[i : i + CHUNK], kept[i : i + CHUNK]  # (n, 1) each
-            losses = [loss_of(*part) for part in zip(logits.split(ROWS), t_chunk.split(ROWS), strict=True)]
+            t_chunk, k_chunk = targets[i : i + chunk], kept[i : i + chunk]  # (n, 1) each
+            losses = [compute_loss(*part) for part in zip(logits.split(rows), t_chunk.split(rows), strict=True)]
             loss += (torch.cat(losses) * k_chunk).sum()
             if with_grad:
                 dx[i : i + len(h)] = logits @ w * k_chunk

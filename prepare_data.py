@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import check_limits, configure, reject
+from configurator import configure, reject
 from lib.conversations import encode_conversations, packed, with_answers, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import one_line_errors, usable
@@ -62,7 +62,6 @@ class PrepareConfig:
     overwrite: bool = False  # replace a dataset of the same name that was made from another text
 
     def __post_init__(self):
-        check_limits(self, val_fraction=(1e-9, 1 - 1e-9), max_documents=(1, 10**15), block_size=(1, 2**20))
         if bool(self.prompt_column) != bool(self.answer_column):
             raise ValueError("a conversation has two columns: give both --prompt_column and --answer_column")
         if self.name in (".", "..") or re.search(r'[/\\:*?"<>|\0]', self.name):

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from configurator import check_limits, configure
+from configurator import configure
 from lib.chat import chat_ids
 from lib.errors import one_line_errors, usable
 from lib.machine import pick_device, pick_matmul, try_compiling
@@ -54,10 +54,6 @@ class SampleConfig:
         for name, value in usual.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
-        check_limits(
-            self, num_samples=(1, 2**20), max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(-1, 2**31),
-            top_p=(0, 1), repetition_penalty=(0.01, 100),
-        )  # fmt: skip
 
 
 def read_prompt(prompt):
@@ -148,7 +144,7 @@ def main(config):
     settings = dict(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         repetition_penalty=config.repetition_penalty, stop_ids=stop_ids,
-        known=torch.tensor(known_ids(encoding, model.config.vocab_size), device=device),
+        allowed=torch.tensor(known_ids(encoding, model.config.vocab_size), device=device),
         generator=torch.Generator(device).manual_seed(config.seed),
     )  # fmt: skip
 

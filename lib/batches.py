@@ -1,10 +1,12 @@
 """
-Batches: an array of token ids goes in, blocks of it come out, in an order that is computed, not stored.
+Cut an array of token ids into blocks, in a shuffled order that is computed, not stored.
 
     x, y = get_blocks(data, first=0, count=4, block_size=256, seed=1337)    # (4, 256) each
 
-A batch is a pure function of (seed, split, iteration). So a resume needs no saved state to see the next batch,
-no two resumes see the same one, and any number of processes can share one global batch.
+- A block is a pure function of (seed, its number), so a resume repeats no block and skips none.
+- Each epoch reads every block once, in a new order. The block boundaries shift by a random offset per epoch:
+  epoch 0 may read blocks 3, 0, 2, 1, and epoch 1 blocks 1, 3, 0, 2, each 17 tokens further on.
+- Any number of processes can share one batch: each reads its own block numbers.
 """
 
 import math
@@ -15,17 +17,20 @@ import torch
 
 def get_blocks(data, first, count, block_size, seed, mask=None):
     """
-    Blocks first .. first + count - 1 of an endless stream of blocks: (x, y), int64, (count, block_size) each,
-    where y is x one token later. Each epoch reads every block of `data` once, in its own shuffled order, with
-    all blocks shifted by its own random offset.
+    Return blocks first .. first + count - 1 of an endless stream of blocks as (x, y), int64, (count, block_size) each,
+    where y is x one token later.
 
     mask  one byte per id, for conversations. Then `data` is rows of block_size + 1 ids, each row is a block, and y is
           -1 (no loss) where the mask is 0.
     """
-    n = max(1, (len(data) - block_size) // block_size)  # blocks in an epoch, whatever its offset
-    stride, offsets = block_size, len(data) - n * block_size  # the first block may start anywhere, so every id is read
-    if mask is not None:
-        n, stride, offsets = len(data) // (block_size + 1), block_size + 1, 1
+    if mask is None:
+        n = max(1, (len(data) - block_size) // block_size)  # blocks per epoch, whatever the offset
+        stride = block_size
+        offsets = len(data) - n * block_size  # possible starts of the first block: so the last ids are read as well
+    else:
+        n = len(data) // (block_size + 1)
+        stride = block_size + 1
+        offsets = 1
     starts = []
     for index in range(first, first + count):
         epoch, i = divmod(index, n)
@@ -40,10 +45,23 @@ def get_blocks(data, first, count, block_size, seed, mask=None):
     return x, y if mask is None else y.masked_fill(rows(mask)[:, 1:] == 0, -1)
 
 
+def get_batch(split, first, count, block_size, seed, device):
+    """Return get_blocks() of a Split (lib/dataset.py) on the device."""
+    x, y = get_blocks(split.ids, first, count, block_size, seed, split.mask)
+    if device.startswith("cuda"):  # from pinned memory, the copy runs while the CPU continues
+        x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def count_targets(y):
+    """Return how many of the targets count in the loss: a float tensor (), on their device."""
+    return (y >= 0).sum().float()
+
+
 def permute(i, n, key):
     """
-    Element i of a random permutation of range(n), computed rather than stored: a trillion blocks open as fast
-    as ten. A Feistel network permutes range(4^k), the smallest that holds n; results >= n are permuted again
+    Return element i of a random permutation of range(n), computed rather than stored: a trillion blocks open as fast
+    as ten. A Feistel cipher permutes range(4^k), the smallest that holds n; results >= n are permuted again
     (cycle walking).
     """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -69,8 +87,8 @@ def mix(*numbers):
 
 def ratio(numerators, denominators):
     """
-    sum(numerators) / sum(denominators) over independent units, two arrays, and its standard error, to first order. With
-    denominators of one: the mean and its usual standard error. NaN for the error of a single unit.
+    Return sum(numerators) / sum(denominators) over independent units, two arrays, and its standard error, to first
+    order. With denominators of one: the mean and its usual standard error. The error of a single unit is NaN.
     """
     n, total = len(numerators), denominators.sum()
     if not total:

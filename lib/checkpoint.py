@@ -7,6 +7,8 @@ ckpt.pt: one dict, written atomically, read without running any code in it, with
 Its keys:
     model, optimizer, scheduler   state dicts
     iter_num                      updates done
+    sequences_read                of train.bin: the next batch begins there, also if the batch size was changed
+    losses                        of the iterations since the last log line, which shows their mean
     best_val_loss                 lowest validation loss so far
     config                        every setting, resolved, by name
     data                          sha256 of train.bin and val.bin
@@ -27,9 +29,11 @@ import torch
 from lib.errors import first_line, usable, write_hint
 from lib.files import written_whole
 
-VERSION = 2  # 1 had checksums of its own
+VERSION = 3  # 1 had its own checksums, 2 no sequences_read
 HINT = "take an earlier copy, or train again"
-WEIGHTS = {"model", "iter_num", "config", "best_val_loss", "data", "chat", "machine"}  # of every checkpoint
+WEIGHTS = {  # in every checkpoint
+    "model", "iter_num", "sequences_read", "losses", "best_val_loss", "config", "data", "chat", "machine"
+}  # fmt: skip
 RUN = WEIGHTS | {"optimizer", "scheduler"}  # what a resume needs
 
 
@@ -43,13 +47,13 @@ def read_checkpoint(path, mmap=False, resume=True):
         sys.exit(f"error: there is no checkpoint {path}: train first, or give the --out_dir of a run that saved one")
     checkpoint = load_saved(path, mmap)
     with usable(path, HINT):
+        if checkpoint["version"] != VERSION:
+            raise ValueError(f"it has layout {checkpoint['version']}, and this code reads layout {VERSION}")
         missing = (RUN if resume else WEIGHTS) - checkpoint.keys()
         if missing and missing <= RUN - WEIGHTS:
             sys.exit(f"error: {path} has no optimizer: begin a new run with its weights, --init_from={path}")
         if missing:
             raise KeyError(", ".join(sorted(missing)))
-        if checkpoint["version"] != VERSION:
-            raise ValueError(f"it has layout {checkpoint['version']}, and this code reads layout {VERSION}")
     if not mmap:
         check_crc(path)
     return checkpoint

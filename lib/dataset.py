@@ -75,7 +75,8 @@ class Files:
 
 def open_data(dataset, vocab_size, block_size, data_dir="data"):
     """
-    Open data/<dataset>/ as (train, val, meta): two Splits, and the dict in meta.json with loss_tokens in every split.
+    Open data/<dataset>/ as (train, val, meta): two Splits, and the dict in meta.json, with loss_tokens in every split
+    and, under "sha256", one for each split, which a resume compares.
     Ends the program with one line if a file is missing or damaged, or does not fit vocab_size or block_size.
     block_size=None: the one that conversations were prepared for, or any length.
     """
@@ -101,6 +102,7 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
                 f"error: {folder}, {split} holds {len(data.ids)} tokens, fewer than one block of {rows or 1} + 1: "
                 "lower block_size, or prepare more text"
             )
+    meta["sha256"] = {name: meta[name]["sha256"] + meta[name].get("mask_sha256", "") for name in ("train", "val")}
     return *splits, meta
 
 

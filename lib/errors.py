@@ -15,6 +15,12 @@ import shlex
 import sys
 
 
+def check(ok, message):
+    """Exit with one line unless `ok`. The message names the object, the cause and what to do next."""
+    if not ok:
+        sys.exit(f"error: {message}")
+
+
 def reject(message):
     """Print one line and exit with code 2: the command was wrong, nothing was done."""
     print("error:", *message.splitlines(), file=sys.stderr)

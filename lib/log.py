@@ -1,14 +1,16 @@
 """
-What a run prints and writes: the lines on stdout, out/log.csv, out/loss.png, and an experiment tracker if asked.
+Write what a run prints, out/log.csv, out/loss.png, and an experiment tracker if asked.
 
-    log = RunLog(config, meta, model, iter_num, world_size)   # prints what is about to happen; a resume cuts later rows
-    log.iteration(iter_num, loss, lr, grad_norm, seconds)     # a line and a row every log_interval iterations
-    log.evaluation(iter_num, val_loss, val_stderr, best)      # a line, a row and the plot
-    log.sync()                                                # all rows are on the disk, as safe as a checkpoint
+    print_start(source, config)                                          # where the weights come from
+    log = RunLog(config, meta, model, iter_num, sequences_read, losses)  # prints the settings; a resume cuts later rows
+    log.iteration(iter_num, loss, lr, grad_norm, dt, last)               # a line and a row per log_interval
+    log.evaluation(iter_num, val_loss, val_stderr, best_val_loss)        # a line, a row and the plot
+    log.sample(iter_num, text)
+    log.sync()                                                           # flushes the rows, before a checkpoint
     log.summary()
 
-A new metric is a name in COLUMNS and a value in RunLog.iteration or RunLog.evaluation. On ranks other than 0, a RunLog
-does nothing.
+`loss` is the mean since the last row. A new metric is a name in COLUMNS and a value in RunLog.iteration or
+RunLog.evaluation. On ranks other than 0, a RunLog prints and writes nothing.
 """
 
 import atexit
@@ -19,7 +21,10 @@ import math
 import os
 import secrets
 import shlex
+import signal
 import sys
+import textwrap
+import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -27,17 +32,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configurator import differences
 from lib.errors import first_line, silence_stdout
 from lib.files import written_whole
 from lib.machine import mfu, peak_memory
 from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
+from lib.processes import get_rank
 
 COLUMNS = ["iter", "loss", "lr", "grad_norm", "val_loss", "val_stderr", "ms", "tok_per_s"]
 
 
 def say(text):
-    """Print on rank 0. Where stdout breaks (`| head`), say so once on stderr and be quiet: the run continues."""
-    if os.environ.get("RANK", "0") != "0":
+    """Print on rank 0. If stdout breaks (`| head`), say so once on stderr and be quiet: the run continues."""
+    if get_rank()[0]:
         return
     try:
         print(text, flush=True)
@@ -47,34 +54,71 @@ def say(text):
             print(f"note: no more output, stdout is gone ({error.strerror}); the run continues", file=sys.stderr)
 
 
+def print_start(source, config):
+    """Print which weights a new run starts from, and which settings of their model it changes."""
+    say(source.about if source else f"a new model with random weights, seed {config.seed}")
+    for line in differences(asdict(source.config), asdict(config)) if source else ():
+        say(f"    {line}")
+
+
+def print_resume(checkpoint, config, machine):
+    """Print where a resume continues and what differs: settings, data order, and the values in `machine`."""
+    path, iter_num, saved = Path(config.out_dir) / "ckpt.pt", checkpoint["iter_num"], checkpoint["config"]
+    if iter_num >= config.max_iters:
+        more = f"--init_from=resume --out_dir={shlex.quote(config.out_dir)} --max_iters={iter_num + 50}"
+        say(f"{path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat")
+        say(f"to train longer: python train.py {more}")
+    else:
+        say(f"resuming at iteration {iter_num + 1}, from {path}: every tensor matches its checksum")
+    for line in differences(saved, asdict(config)):
+        say(f"    {line}")
+    now, before = (c["batch_size"] * c["gradient_accumulation_steps"] for c in (asdict(config), saved))
+    if now != before:
+        say(f"note: an iteration reads {now} sequences, {before} before: no sequence is skipped or repeated")
+    for name, count in checkpoint["machine"].items():
+        if count != machine[name]:
+            say(f"note: {machine[name]} {name}, {count} before: the run continues, but its bits may differ")
+
+
 class RunLog:
-    def __init__(self, config, meta, model, iter_num, world_size):
-        """Print what is about to happen, open the tracker, and cut log.csv back to the checkpoint at iter_num."""
-        self.config, self.model, self.world_size = config, model, world_size
-        self.resumed_at = iter_num or None
-        self.bits = meta["val"]["loss_tokens"] / meta["val"]["bytes"] / math.log(2)  # per byte, for a nat per token
+    def __init__(self, config, meta, model, iter_num, sequences_read, losses):
+        """Print the settings, open the tracker, and cut log.csv back to the checkpoint at iter_num."""
+        self.config, self.model = config, model
+        self.bits_per_nat = meta["val"]["loss_tokens"] / meta["val"]["bytes"] / math.log(2)  # bits/byte, nats/token
         self.tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size  # per iteration
-        self.seconds, self.last_logged = 0.0, iter_num
+        self.losses = losses  # since the last row
+        self.seconds, self.last_logged, self.started = 0.0, iter_num, time.perf_counter()
+        self.saved = False  # whether a checkpoint was written since the last evaluation
+        self.val_losses = {}  # iteration: (val_loss, val_stderr)
+        self.resumed_at = iter_num or None
+        self.val_loss_before = None  # of the checkpoint that a resume starts from, by the run that wrote it
         self.path = Path(config.out_dir) / "log.csv"
         self.file = None
-        if os.environ.get("RANK", "0") == "0":
+        rank, self.world_size = get_rank()
+        if rank == 0:
             self.open_file(iter_num)
         if iter_num >= config.max_iters:
             return
-        epochs = self.tokens * config.max_iters / meta["train"]["tokens"]
+        left = self.tokens * (config.max_iters - iter_num)
+        epochs = (sequences_read * config.block_size + left) / meta["train"]["tokens"]
         next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
-        sharded = f", {'sharded' if world_size > 1 else 'nothing to shard'}" if config.shard else ""
+        then = f", then every {config.eval_interval}" if next_save < config.max_iters else ""
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        if config.shard:
+            processes += ", sharded" if self.world_size > 1 else ", nothing to shard"
+        matmuls = f"fp32 matmuls ({torch.get_float32_matmul_precision()})"
+        if config.dtype == "bfloat16":
+            matmuls = f"bf16 matmuls, fp32 weights ({torch.get_float32_matmul_precision()})"
         say(
-            f"network     {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_hidden_layers} blocks "
-            f"of {config.hidden_size}\n"
-            f"data        {config.dataset}: {meta['train']['tokens']:,} tokens to train on, "
-            f"{meta['val']['tokens']:,} to evaluate\n"
+            f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_hidden_layers} blocks "
+            f"of width {config.hidden_size}\n"
+            f"data        {config.dataset}: {meta['train']['tokens']:,} training tokens, "
+            f"{meta['val']['tokens']:,} validation tokens\n"
             f"iteration   {self.tokens // config.block_size} sequences x {config.block_size} = {self.tokens:,} tokens; "
             f"{config.max_iters:,} iterations = {epochs:.2f} epochs\n"
-            f"machine     {config.device} x {world_size}{sharded}, {torch.get_num_threads()} threads, {config.dtype} "
-            f"(fp32 products: {torch.get_float32_matmul_precision()}), {'compiled' if config.compile else 'eager'}\n"
-            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}, then every "
-            f"{config.eval_interval}, at the last one, and on Ctrl-C"
+            f"machine     {config.device}, {processes}, {torch.get_num_threads()} threads; {matmuls}; "
+            f"{'compiled' if config.compile else 'eager'}\n"
+            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}{then}, and on Ctrl-C"
         )
         decay = config.lr_decay_iters - (config.wsd_decay_iters if config.schedule == "wsd" else 0)
         if config.warmup_iters > min(decay, config.max_iters):
@@ -84,11 +128,16 @@ class RunLog:
     def open_file(self, iter_num):
         """
         Keep the rows of log.csv that the checkpoint at iter_num had seen. Rows of later iterations go, and so does the
-        evaluation that followed the save, because a resume repeats it.
+        evaluation that followed the save: a resume repeats it, and compares.
         """
         config, rows = self.config, read_log(self.path) if iter_num else []
         columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))  # those of another version are kept
-        kept = [r for r in rows if int(r["iter"]) < iter_num or int(r["iter"]) == iter_num and not r.get("val_loss")]
+        kept = []
+        for row in rows:
+            if int(row["iter"]) == iter_num and row.get("val_loss"):
+                self.val_loss_before = float(row["val_loss"])
+            elif int(row["iter"]) <= iter_num:
+                kept.append(row)
         due = iter_num - iter_num % config.log_interval
         last = max((int(row["iter"]) for row in kept if row.get("loss")), default=0)
         if last < due:
@@ -108,72 +157,77 @@ class RunLog:
             self.track(**row)
 
     def sync(self):
-        """Flush all rows to the disk."""
-        if self.file:
-            os.fsync(self.file.fileno())
+        """Flush all rows to disk, because a checkpoint is being saved."""
+        self.saved = True
+        os.fsync(self.file.fileno())
 
-    def iteration(self, iter_num, loss, lr, grad_norm, seconds, last):
-        """Note an update that took `seconds`; print a line every log_interval iterations and after the last."""
-        self.seconds += seconds
-        if iter_num % self.config.log_interval and not last:
+    def iteration(self, iter_num, loss, lr, grad_norm, dt, last):
+        """Note an update that took dt seconds. Print a line every log_interval iterations and after the last one."""
+        self.seconds += dt
+        self.losses.append(loss)
+        due = iter_num % self.config.log_interval == 0
+        if not (due or last):
             return
+        loss = sum(self.losses) / len(self.losses)
         ms = 1e3 * self.seconds / (iter_num - self.last_logged)
         tok_per_s = 1e3 * self.tokens / ms
         peak = mfu(self.model, self.config.block_size, tok_per_s / self.world_size, self.config.device)
         eta = timedelta(seconds=round((self.config.max_iters - iter_num) * ms / 1e3))
         say(
-            f"iter {iter_num:6d} | loss {loss:7.4f} | lr {lr:.3e} | norm {grad_norm:7.4f} | {ms:7.1f} ms | "
+            f"iter {iter_num:6d} | loss {loss:7.4f} | lr {lr:.3e} | grad norm {grad_norm:7.4f} | {ms:7.1f} ms | "
             f"{tok_per_s:7,.0f} tok/s | {f'{peak:.1%} MFU | ' if peak else ''}eta {eta}"
         )
-        if iter_num % self.config.log_interval == 0:
+        self.seconds, self.last_logged = 0.0, iter_num
+        if due:
             speed = dict(ms=round(ms, 1), tok_per_s=round(tok_per_s))
             self.write(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm, **speed)
-        self.seconds, self.last_logged = 0.0, iter_num
+            self.losses = []
 
-    def evaluation(self, iter_num, val_loss, val_stderr, best):
-        """Print the loss on val.bin, and draw the curve again. best: it is the lowest so far."""
-        note = " (best so far)" if best else ""
-        nats, bits = with_error(val_loss, val_stderr), val_loss * self.bits
-        say(f"iter {iter_num:6d} | val loss {nats} nats/token = {bits:.4f} bits/byte{note}")
+    def evaluation(self, iter_num, val_loss, val_stderr, best_val_loss):
+        """Print the loss on val.bin, and draw the curve again."""
+        line = f"iter {iter_num:6d} | val loss {with_error(val_loss, val_stderr)} nats/token"
+        line += f" = {val_loss * self.bits_per_nat:.4f} bits/byte"
+        if iter_num == 0:
+            line += f" | chance {math.log(self.config.vocab_size):.2f}"
+        if val_loss > best_val_loss:
+            line += f" | best so far {best_val_loss:.4f}"
+        if self.saved:
+            line += " | saved"
+        say(line)
+        self.saved = False
+        self.val_losses[iter_num] = val_loss, val_stderr
         self.write(iter=iter_num, val_loss=val_loss, val_stderr="" if math.isnan(val_stderr) else val_stderr)
         if self.file:
-            plot_log(self.path, self.path.with_name("loss.png"), self.bits, self.resumed_at)
+            plot_log(self.path, self.path.with_name("loss.png"), self.config, self.bits_per_nat, self.resumed_at)
+
+    def sample(self, iter_num, text):
+        """Print a sample of text, indented, so that its end can be seen."""
+        say(f"iter {iter_num:6d} | sample:\n{textwrap.indent(text, '            | ', lambda line: True)}")
 
     def summary(self):
-        """Print what happened: memory, the first and the last validation loss, where the files are."""
+        """Print what happened: time, memory, the first and the last validation loss, where the files are."""
         if not self.file:
             return
-        lines = [f"memory      {peak_memory(self.config.device):.2f} GB at most"]
-        val = [row for row in read_log(self.path) if row.get("val_loss")]
-        for row in (val[0], val[-1]) if val else ():
-            error = with_error(float(row["val_loss"]), float(row.get("val_stderr") or "nan"))
-            lines.append(f"val loss    {error} at iteration {row['iter']}")
-        names = ("ckpt.pt", "log.csv", "loss.png")
-        lines.append(f"files       {', '.join(str(self.path.with_name(name)) for name in names)}")
-        say("\n".join(lines))
+        seconds = round(time.perf_counter() - self.started)
+        say(f"time        {timedelta(seconds=seconds)}, peak memory {peak_memory(self.config.device):.2f} GB")
+        for iter_num in dict.fromkeys([*list(self.val_losses)[:1], *list(self.val_losses)[-1:]]):
+            say(f"val loss    {with_error(*self.val_losses[iter_num])} at iteration {iter_num:,}")
+        if self.val_loss_before is not None and self.resumed_at in self.val_losses:
+            before, now = self.val_loss_before, self.val_losses[self.resumed_at][0]
+            same = "identical" if now == before else f"they differ by {abs(now - before):.1e}"
+            say(f"resume      val loss at {self.resumed_at:,}: {before:.4f} before the stop, {now:.4f} now: {same}")
+        say(f"files       {', '.join(str(self.path.with_name(name)) for name in ('ckpt.pt', 'log.csv', 'loss.png'))}")
+
+    def stopped(self, number, iter_num):
+        """Print which signal stopped the run, and how to continue."""
+        out_dir = self.config.out_dir
+        say(f"stopped by {signal.Signals(number).name}: iteration {iter_num} is in {Path(out_dir) / 'ckpt.pt'}")
+        say(f"to continue: python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}")
 
 
 def with_error(value, error):
-    """Return "4.6135 ± 0.1216", or the value alone if a single batch has no error."""
+    """Return "4.6135 ± 0.1216", or only the value if there is a single batch, which has no error."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
-
-
-def resuming(ckpt_path, checkpoint, max_iters, differences, machine):
-    """Return, as lines, where a resume continues and what differs: settings, and the values in `machine`."""
-    iter_num = checkpoint["iter_num"]
-    lines = [f"resuming at iteration {iter_num + 1}, from {ckpt_path}"]
-    if iter_num >= max_iters:
-        quoted = shlex.quote(str(ckpt_path.parent))
-        more = f"python train.py --init_from=resume --out_dir={quoted} --max_iters={iter_num + 50}"
-        lines = [
-            f"{ckpt_path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat",
-            f"for more: {more}",
-        ]
-    lines += [f"    {line}" for line in differences]
-    for name, count in checkpoint["machine"].items():
-        if count != machine[name]:
-            lines += [f"note: {machine[name]} {name}, {count} before: the run continues, but its bits may differ"]
-    return "\n".join(lines)
 
 
 def open_tracker(tracker, out_dir, iter_num, settings):
@@ -207,9 +261,9 @@ def open_tracker(tracker, out_dir, iter_num, settings):
 
 
 def import_tracker(tracker):
-    """Import trackio or wandb. End the program with one line if the package is not installed."""
+    """Import trackio or wandb, or nothing for "none". Exit if the package is not installed."""
     try:
-        return importlib.import_module(tracker)
+        return None if tracker == "none" else importlib.import_module(tracker)
     except ImportError as error:
         sys.exit(f"error: --tracker={tracker} cannot be used here ({first_line(error)}): pip install {tracker}")
 
@@ -229,36 +283,41 @@ def read_log(path):
     return rows
 
 
-def plot_log(log_path, path, bits, resumed_at):
+def plot_log(log_path, path, config, bits_per_nat, resumed_at):
     """
-    Draw training and validation loss by iteration, from log.csv. A failure is noted and ends nothing.
+    Draw training and validation loss by iteration, from log.csv, and the last 100 iterations next to it. A failure is
+    printed and does not end the run.
 
-    bits        bits per byte of val.bin for each nat per token, for the axis on the right
-    resumed_at  iteration from which this run was resumed, for a dotted line, or None
+    bits_per_nat  bits per byte of val.bin for each nat per token, for the axis on the right
+    resumed_at    iteration from which this run was resumed, or None
     """
     rows = read_log(log_path)
-    figure, axes = new_picture()
+    figure, (axes, end) = new_picture(2, width_ratios=(3, 1))
     train = np.array([(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]).reshape(-1, 2)
     val = [(int(row["iter"]), *(float(row.get(name) or "nan") for name in ("val_loss", "val_stderr"))) for row in rows]
     val = np.array(val).reshape(-1, 3)
     val = val[~np.isnan(val[:, 1])]
-    axes.plot(*train.T, color=BLUE, alpha=0.25, linewidth=1, label="train, one batch")
-    window = len(train) // 25
-    if window > 1:
-        iters, loss = (np.convolve(column, np.ones(window) / window, "valid") for column in train.T)
-        width = round(window * (train[-1, 0] - train[0, 0]) / (len(train) - 1))
-        axes.plot(iters, loss, color=BLUE, linewidth=2, label=f"train, mean of {width:,} iterations")
+    label = f"train, mean of {config.log_interval} iterations" if config.log_interval > 1 else "train"
+    axes.plot(*train.T, color=BLUE, linewidth=1.5, label=label)
     axes.errorbar(*val.T, color=ORANGE, fmt="o-", markersize=4, capsize=3, linewidth=1.5, label="val, ± standard error")
     # The first iterations fall from ln(vocab_size) and would press the rest flat: they may leave through the top.
     points = np.concatenate((train, val[:, :2]))
     later = points[points[:, 0] > points[:, 0].max(initial=0) / 20, 1]
     if len(later) > 10 and np.isfinite(later).all():
         axes.set_ylim(later.min() - 0.2, later.max() + 0.2)
-    if resumed_at is not None:
-        axes.axvline(resumed_at, color=GREY, linestyle=":", label="resumed")
     axes.set(xlabel="iteration", ylabel="nats per token")
-    right = axes.secondary_yaxis("right", functions=(lambda nats: nats * bits, lambda bpb: bpb / bits))
+    right = axes.secondary_yaxis("right", functions=(lambda nats: nats * bits_per_nat, lambda bpb: bpb / bits_per_nat))
     right.set_ylabel("bits per byte")
+    minutes = sum(float(row.get("ms") or 0) for row in rows) * config.log_interval / 60_000
+    axes.set_title(f"{config.dataset}, on {config.device}: {minutes:,.0f} minutes")
+
+    last = train[train[:, 0] > train[:, 0].max(initial=0) - 100]
+    after = last[:, 0] > (resumed_at or math.inf)
+    end.plot(*last[~after].T, color=BLUE, linewidth=1.5)
+    end.plot(*last[after].T, "o", color=BLUE, markersize=4)
+    end.set(xlabel="iteration", title="the last 100" + (", resumed as dots" if after.any() else ""))
+    if resumed_at is not None:
+        axes.axvline(resumed_at, color=GREY, linestyle=":", label="stopped and resumed")
     axes.legend()
     try:
         save_picture(figure, path)

@@ -1,13 +1,14 @@
 """
-The processes of a run, one or as many as torchrun started: signals, devices, gradients, and weights that are copied
-(data parallel) or divided among them (FSDP2: each keeps its part of every weight, gradient and moment).
+Run in one process, or in as many as torchrun started. They copy the weights (data parallel) or divide them (FSDP2: each
+process keeps its part of every weight, gradient and moment).
 
-    end_on_signals()                                    # while there is nothing to save, Ctrl-C ends the program
     rank, world_size, device = start_processes("auto")
-    model = shard(model, "bfloat16", device)            # before the optimizer is built
-    stop_signals = note_signals()                       # then it fills this list, and the loop stops by itself
-    state = to_whole(model.state_dict())                # as if nothing were sharded; all processes call it together
-    checkpoint = to_parts(checkpoint, model, optimizer) # and back: so ckpt.pt is the same file, whoever reads it
+    config, machine = resolve_auto(config, device, checkpoint)  # all processes compute the same way
+    model = shard(model, "bfloat16", device)                    # before the optimizer is built
+    ddp_model = wrap(model, config)                             # averages gradients over all processes
+    stop_signals = note_signals()                               # from here on, Ctrl-C fills this list
+    state = to_whole(model.state_dict())                        # unsharded; all ranks take part
+    checkpoint = to_parts(checkpoint, model, optimizer)         # and back: ckpt.pt is the same file for any run
 """
 
 import gc
@@ -16,20 +17,34 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from lib.machine import pick_device
+from lib.machine import pick_device, pick_matmul
+
+
+def get_rank():
+    """Return (rank, world_size) as torchrun sets them, or (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_processes(device):
     """
     Return (rank, world_size, device of this process). With torchrun, each process takes a GPU and joins the group, in
-    which tensors on GPUs travel over NCCL, tensors on the CPU and objects over gloo.
+    which tensors on GPUs travel over NCCL, tensors on the CPU and objects over gloo. Until note_signals() is called, a
+    signal ends the program with one line: there is nothing to save yet.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def end(number, _):
+        name = signal.Signals(number).name
+        print(f"stopped by {name} before the first iteration: nothing was trained or saved", file=sys.stderr)
+        sys.exit(128 + number)
+
+    handle(end)
+    rank, world_size = get_rank()
     if world_size > 1 and device.startswith("cuda:"):
         sys.exit(f"error: {device} is one GPU, and {world_size} processes need one each: use --device=cuda")
     device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -43,9 +58,9 @@ def start_processes(device):
 
 def end_processes(world_size):
     """
-    Leave the group, once every process has arrived here: none may leave while another still writes. The caller has
-    deleted DistributedDataParallel. If it outlived the group, its destructor would end the group's thread and wait for
-    it with Python's lock held, while that thread may wait for the lock: a run in two would never end.
+    Leave the group once every process is here: none may leave while another still writes. The caller has deleted
+    DistributedDataParallel. If it outlived the group, its destructor would end the group's thread and wait for it with
+    Python's lock held, while that thread may wait for the lock: a run of two processes would hang forever.
     """
     if world_size > 1:
         dist.barrier()
@@ -53,22 +68,31 @@ def end_processes(world_size):
         dist.destroy_process_group()
 
 
-def end_on_signals():
-    """Until note_signals() is called, let a signal end the program with one line: there is nothing to save yet."""
-
-    def end(number, _):
-        name = signal.Signals(number).name
-        print(f"stopped by {name} before the first iteration: nothing was trained or saved", file=sys.stderr)
-        sys.exit(128 + number)
-
-    handle(end)
+def resolve_auto(config, device, checkpoint, say):
+    """
+    Return (config, machine): the settings without "auto" for device and dtype, and what else the last bits depend on,
+    both for the checkpoint. What is fastest is measured once, on rank 0; a resume takes it from its checkpoint.
+    """
+    if config.device == "auto":
+        config = replace(config, device=device.split(":")[0])
+    saved = checkpoint["config"] if checkpoint else {}
+    if checkpoint and (saved["dtype"], saved["device"]) == (config.dtype, config.device):
+        dtype, precision = config.dtype, checkpoint["machine"]["float32_matmul_precision"]
+    else:
+        matmul = [pick_matmul(config.dtype, device, say)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(matmul, device="cpu")  # two processes may measure different things
+        dtype, precision = matmul[0]
+    torch.set_float32_matmul_precision(precision)
+    machine = dict(threads=torch.get_num_threads(), processes=get_rank()[1], float32_matmul_precision=precision)
+    return replace(config, dtype=dtype), machine
 
 
 def note_signals():
     """Return a list to which each signal adds its number. The loop looks at it, so no signal can interrupt a save."""
-    noted = []
-    handle(lambda number, _: noted.append(number))
-    return noted
+    signals = []
+    handle(lambda number, _: signals.append(number))
+    return signals
 
 
 def handle(handler):
@@ -80,7 +104,9 @@ def handle(handler):
 
 
 def shard(model, dtype, device):
-    """Return the model on `device` with only this process's part of each tensor's rows."""
+    """Return the model on `device`. With several processes, each keeps only its part of each tensor's rows."""
+    if not dist.is_initialized():
+        return model.to(device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -92,6 +118,21 @@ def shard(model, dtype, device):
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
     return model.to(device)
+
+
+def wrap(model, config):
+    """Return the model as DistributedDataParallel, which averages gradients, if there are several copies of it."""
+    if not dist.is_initialized() or config.shard:
+        return model
+    # gradient_as_bucket_view: gradients live in its buckets, not next to them
+    return torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def sum_over_ranks(tensor):
+    """Return the sum of a tensor over all processes. All ranks take part."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def sync_gradients(model, now):

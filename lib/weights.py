@@ -13,6 +13,7 @@ import functools
 import json
 import re
 import reprlib
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -22,8 +23,9 @@ import torch
 
 from lib.chat import TEMPLATE
 from lib.checkpoint import check_crc, load_saved, read_checkpoint
-from lib.errors import reject, usable
+from lib.errors import check, reject, usable
 from lib.files import read_json
+from lib.limits import check_limits
 from lib.tokenizer import tokenizer_files
 from model import ModelConfig, SmolLM2, rope_tables
 
@@ -356,6 +358,18 @@ def check_shapes(config, saved, path):
             sys.exit(f"error: {name} is set to {asked}, but the network in {path} has {there}: leave that setting out")
 
 
+def check_resume(config, checkpoint, meta):
+    """Exit if a run cannot continue from a checkpoint: other shapes, another optimizer, another dataset (its meta)."""
+    path, saved = Path(config.out_dir) / "ckpt.pt", checkpoint["config"]
+    fresh = f"begin a new run with its weights: --init_from={shlex.quote(str(path))} --block_size={config.block_size}"
+    check_shapes(config, checkpoint_config(path, checkpoint), path)
+    optimizer = f"{path} holds the state of {saved['optimizer']}, not {config.optimizer}"
+    check(config.optimizer == saved["optimizer"], f"{optimizer}: leave out --optimizer, or {fresh}")
+    data = f"{config.data_dir}/{config.dataset} differs from what {path} was trained on"
+    again = f"prepare {saved['dataset']} again, or {fresh} and a new --out_dir"
+    check(checkpoint["data"] == meta["sha256"], f"{data}: {again}")
+
+
 def build(config, tensors):
     """Return SmolLM2 that shares these tensors (where they are fp32). Spend no time on random weights first."""
     with torch.device("meta"):  # shapes without memory
@@ -413,15 +427,22 @@ def config_from_json(config, file="config.json"):
                 hint = "take it as it was before, or a GGUF of it" if name == "quantization_config" else OTHER
                 sys.exit(f"error: {file} has {setting}, which model.py does not do: {hint}")
         hidden, heads = known["hidden_size"], known["num_attention_heads"]
-        ModelConfig(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=1)  # checked before the division
+        check_limits(dict(hidden_size=hidden, num_attention_heads=heads))  # before the division
         absent = dict(
             num_key_value_heads=heads, head_dim=hidden // heads, max_position_embeddings=2_048, rope_theta=10_000.0,
             rms_norm_eps=1e-6, initializer_range=0.02,
         )  # fmt: skip
         numbers = absent | known | {name: value for name, value in rope.items() if name == "rope_theta"}
-        config = ModelConfig(**{name: numbers[name] for name in NAMES})
+        config = build_config(numbers)
         floats = ("rope_theta", "rms_norm_eps", "initializer_range")
         return replace(config, **{name: float(getattr(config, name)) for name in floats})
+
+
+def build_config(settings):
+    """Return the ModelConfig in {name: value}, which may hold other settings as well. Raise ValueError for bad ones."""
+    settings = {name: settings[name] for name in NAMES}
+    check_limits(settings)
+    return ModelConfig(**settings)
 
 
 def config_to_json(config, **more):
@@ -434,4 +455,4 @@ def config_to_json(config, **more):
 def checkpoint_config(path, checkpoint):
     """Return the ModelConfig in a checkpoint. End the program with one line if its settings describe no model."""
     with usable(path, "take an earlier checkpoint"):
-        return ModelConfig(**{name: value for name, value in checkpoint["config"].items() if name in NAMES})
+        return build_config(checkpoint["config"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import lib.processes  # noqa: E402
 import train  # noqa: E402
 
 
@@ -15,5 +16,5 @@ def pick_matmul(dtype, *_):
 
 
 if __name__ == "__main__":
-    train.pick_matmul = pick_matmul
+    lib.processes.pick_matmul = pick_matmul
     train.main(train.configure(train.TrainConfig, saved=train.saved_settings))

@@ -360,7 +360,7 @@ def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
 
 @pytest.mark.parametrize("flags, message", [
     (["--text=a", "--items=b"], "--text and --items are both given"),
-    (["--limit=0"], "limit is 0: it must be a number from 1"),
+    (["--limit=0"], "limit is 0: it must be a whole number from 1"),
     (["--task=piqa", "--stride=9"], "--stride is for text"),
     (["--init_from=wheel", "--base=base"], "--base=base is for LoRA adapters"),
 ])  # fmt: skip

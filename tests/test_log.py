@@ -9,6 +9,7 @@ import pytest
 
 from lib import log
 from lib.log import COLUMNS, RunLog, open_tracker, plot_log, read_log, say
+from train import TrainConfig
 
 GOOD = [["10", "9.5", "0.1", "1", "", "", "5", "6"], ["20", "8.5", "0.1", "1", "", "", "5", "6"]]
 META = dict(train=dict(tokens=1000), val=dict(tokens=1000, loss_tokens=1000, bytes=3000))
@@ -18,10 +19,8 @@ MODEL = SimpleNamespace(parameters=lambda: [])
 @pytest.fixture
 def open_log(tmp_path):
     """iter_num -> the RunLog of a run in tmp_path."""
-    from train import TrainConfig
-
     config = TrainConfig(out_dir=str(tmp_path), device="cpu", dtype="float32")
-    return lambda iter_num: RunLog(config, META, MODEL, iter_num, 1)
+    return lambda iter_num: RunLog(config, META, MODEL, iter_num, 4 * iter_num, [])
 
 
 def write(path, rows):
@@ -64,7 +63,7 @@ def test_other_columns_than_todays_keep_their_rows(tmp_path, open_log, columns):
         rows = list(csv.DictReader(file))
     assert {name: value for name, value in rows[0].items() if value} == {n: v for n, v in values.items() if v}
     assert rows[1]["loss"] == "8.5" and (rows[1].get("my_metric") or "") == ""
-    plot_log(path, tmp_path / "loss.png", 0.4, 10)
+    plot_log(path, tmp_path / "loss.png", TrainConfig(), 0.4, 10)
     assert (tmp_path / "loss.png").stat().st_size > 5_000
 
 
@@ -91,7 +90,7 @@ def test_missing_rows_are_noted(open_log, capfd):
 def test_a_plot_that_cannot_be_written_ends_nothing(tmp_path, capfd):
     write(tmp_path / "log.csv", [COLUMNS, *GOOD])
     (tmp_path / "loss.png").mkdir()
-    plot_log(tmp_path / "log.csv", tmp_path / "loss.png", 0.4, None)
+    plot_log(tmp_path / "log.csv", tmp_path / "loss.png", TrainConfig(), 0.4, None)
     assert "loss.png could not be written (Is a directory)" in capfd.readouterr().out
     assert read_log(tmp_path / "none.csv") == []
 

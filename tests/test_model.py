@@ -355,7 +355,7 @@ def test_unknown_ids_are_never_drawn():
     network = ours(SMALL, loud(llama(SMALL)))
     known = torch.arange(256) % 8 == 3
     for temperature in (0, 5.0):
-        assert known[generated(network, ids(3, 9), 40, temperature=temperature, known=known)].all()
+        assert known[generated(network, ids(3, 9), 40, temperature=temperature, allowed=known)].all()
 
 
 def test_stop_ids():

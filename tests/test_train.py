@@ -26,8 +26,9 @@ import train
 from configurator import configure
 from lib.batches import get_blocks, mix
 from lib.checkpoint import read_checkpoint, write_checkpoint
+from lib.optimizer import get_lr
 from resume_test import ResumeTestConfig
-from train import TrainConfig, get_lr, saved_settings
+from train import TrainConfig, saved_settings
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -45,7 +46,7 @@ def place(tmp_path, monkeypatch, real_ids):
     write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
     write_data(tmp_path / "data/short", real_ids[:210], real_ids[3000:3500])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "pick_matmul", pick_matmul)
+    monkeypatch.setattr("lib.processes.pick_matmul", pick_matmul)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield tmp_path
@@ -138,7 +139,7 @@ def assert_same(a, b, **how):
 def test_straight_equals_resumed(place, flags):
     assert run("--out_dir=a", *flags) == 0
     assert run("--out_dir=b", "--max_iters=5", *flags) == 0
-    assert differing(load("a"), load("b"))  # the comparison sees
+    assert differing(load("a")["model"], load("b")["model"])  # the comparison sees
     assert run("--out_dir=b", *RESUME) == 0
     assert_same("a", "b")
     assert [row[0] for row in rows("a")[1:] if row[4]] == ["0", "4", "8", "12"]
@@ -263,7 +264,7 @@ def test_the_mean_is_over_the_tokens_that_carry_a_loss(place, real_ids):
             torch.testing.assert_close(load(other)["model"][name], p, atol=1e-5, rtol=0)
 
     x, y = get_blocks(np.array(ids), 0, 8, 16, mix(1337, 0), np.array(sum(rows_of_ones, []) * 2))
-    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu", None)
+    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu")
     expected = torch.nn.functional.cross_entropy(initial(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     assert float(rows("a")[2][1]) == pytest.approx(expected.item(), rel=1e-5)
 
@@ -335,7 +336,8 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import exact_train
 import torch.distributed as dist
 import train
-train.pick_matmul = exact_train.pick_matmul
+import lib.processes
+lib.processes.pick_matmul = exact_train.pick_matmul
 init = dist.init_process_group
 for number, argv in enumerate(json.loads(sys.argv[2])):
     meeting = f"file://{os.getcwd()}/{os.environ['TORCHELASTIC_RUN_ID']}.{number}"
@@ -352,13 +354,14 @@ for number, argv in enumerate(json.loads(sys.argv[2])):
 KILLED_IN_ITERATION = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
+import lib.batches
 import train
-get_blocks = train.get_blocks
+get_blocks = lib.batches.get_blocks
 def dying(data, first, *rest):
     if os.environ["RANK"] == "1" and first >= 4 * 6 and len(data) > 1000:
         os.kill(os.getpid(), signal.SIGKILL)
     return get_blocks(data, first, *rest)
-train.get_blocks = dying
+lib.batches.get_blocks = dying
 train.main(train.configure(train.TrainConfig, saved=train.saved_settings))
 """
 
@@ -367,7 +370,7 @@ def test_compiled_and_eager_share_checkpoints(place, capfd):
     assert run("--out_dir=eager", "--max_iters=6") == 0
     keys = flat(load("eager")).keys()
     assert run("--out_dir=b", "--max_iters=2", "--compile=True") == 0
-    assert ", compiled\n" in capfd.readouterr().out
+    assert "; compiled\n" in capfd.readouterr().out
     assert flat(load("b")).keys() == keys
     assert run("--out_dir=b", "--init_from=resume", "--max_iters=4", "--compile=False") == 0
     assert run("--out_dir=b", "--init_from=resume", "--max_iters=6", "--compile=True") == 0
@@ -382,18 +385,18 @@ def test_without_a_compiler_it_goes_on(place, capfd, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fail))
     assert run("--out_dir=a", "--max_iters=2", "--compile=True") == 0
-    assert "compile     not possible here (RuntimeError: no C++ compiler): eager instead" in capfd.readouterr().out
+    assert "compile     torch.compile failed (RuntimeError: no C++ compiler), running eagerly" in capfd.readouterr().out
     assert load("a")["config"]["compile"] is False
 
 
 def test_how_fp32_is_multiplied_is_measured_once(place, capfd, monkeypatch):
-    monkeypatch.setattr(train, "pick_matmul", lambda *_: ("float32", "medium"))
+    monkeypatch.setattr("lib.processes.pick_matmul", lambda *_: ("float32", "medium"))
     assert run("--out_dir=a", "--max_iters=2", "--dtype=auto") == 0
-    monkeypatch.setattr(train, "pick_matmul", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("lib.processes.pick_matmul", lambda *_: pytest.fail("measured again"))
     torch.set_float32_matmul_precision("highest")
     assert run("--out_dir=a", "--init_from=resume", "--max_iters=3") == 0
     assert load("a")["machine"]["float32_matmul_precision"] == torch.get_float32_matmul_precision() == "medium"
-    assert capfd.readouterr().out.count("float32 (fp32 products: medium)") == 2
+    assert capfd.readouterr().out.count("fp32 matmuls (medium)") == 2
 
 
 # ---- resume_test.py
@@ -449,6 +452,45 @@ def test_the_checkpoint_test_can_fail(what, place, capfd, monkeypatch):
 # ---- What a resume says and keeps
 
 
+def test_a_resume_proves_itself(place, capfd):
+    """The evaluation of the checkpoint is repeated, to the bit; other batches give another loss."""
+    assert run("--out_dir=a", "--max_iters=4") == 0
+    val_loss = f"{float(rows('a')[-1][4]):.4f}"
+    assert run("--out_dir=a", "--init_from=resume", "--max_iters=5") == 0
+    line = f"resume      val loss at 4: {val_loss} before the stop, {val_loss} now: identical\n"
+    assert line in capfd.readouterr().out
+    assert run("--out_dir=a", "--init_from=resume", "--max_iters=6", "--eval_interval=5", "--eval_iters=3") == 0
+    assert re.search("resume      val loss at 5: .* now: they differ by", capfd.readouterr().out)
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(place):
+    """Also if a stop comes between two lines."""
+    assert run("--out_dir=a") == 0
+    assert run("--out_dir=b", "--log_interval=3", "--max_iters=5") == 0
+    assert run("--out_dir=b", *RESUME) == 0
+    one, three = ([float(row[1]) for row in rows(folder)[1:] if row[1]] for folder in ("a", "b"))
+    assert three == pytest.approx(np.reshape(one, (4, 3)).mean(1), rel=1e-12)
+
+
+def test_a_new_batch_size_skips_and_repeats_nothing(place, capfd, monkeypatch):
+    spans = []
+
+    def record(data, first, count, *rest):
+        if len(data) > 1000:  # train.bin
+            spans.append((first, first + count))
+        return get_blocks(data, first, count, *rest)
+
+    monkeypatch.setattr("lib.batches.get_blocks", record)
+    assert run("--out_dir=a", "--max_iters=3") == 0
+    assert run("--out_dir=a", "--init_from=resume", "--max_iters=5", "--batch_size=2") == 0
+    # each run prefetches one batch that it does not train on
+    assert spans == [(0, 4), (4, 8), (8, 12), (12, 16), (12, 14), (14, 16), (16, 18)]
+    assert load("a")["sequences_read"] == 16
+    output = capfd.readouterr().out
+    assert "note: an iteration reads 2 sequences, 4 before: no sequence is skipped or repeated" in output
+    assert f"5 iterations = {16 * 16 / 3000:.2f} epochs" in output
+
+
 def test_resume_restores_settings_and_prints_what_changed(place, capfd):
     assert run("--out_dir=a", "--max_iters=3", "--weight_decay=0.2") == 0
     capfd.readouterr()
@@ -496,7 +538,7 @@ def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--learning_rate=1e-5", "--min_lr=3e-5"], "min_lr is 3e-05: it must lie between 0 and learning_rate (1e-05)"),
+    (["--learning_rate=1e-5", "--min_lr=3e-5"], "min_lr is 3e-05: it must be between 0 and learning_rate (1e-05)"),
     (["--learning_rate=-1e-3"], "learning_rate is -0.001: it must be a number from 0 to 100"),
     (["--learning_rate=nan"], "learning_rate is nan"),
     (["--grad_clip=-1"], "grad_clip is -1.0"),
@@ -513,7 +555,7 @@ def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
     (["--seed=-1"], "seed is -1"),
     (["--muon_learning_rate=0.1"], "muon_learning_rate has no effect without --optimizer=muon"),
     (["--optimizer=muon", "--muon_learning_rate=-1"], "muon_learning_rate is -1.0: it must be a number from 0 to 100"),
-    (["--muon_learning_rate=1", "--learning_rate=0"], "beside a learning_rate above 0"),
+    (["--optimizer=muon", "--muon_learning_rate=1", "--learning_rate=0"], "needs a learning_rate above 0"),
     (["--block_size=65"], "block_size 65 is longer than the context"),
     (["--log_interval=0"], "log_interval is 0: it must be a whole number from 1"),
     (["--num_attention_heads=3", "--num_key_value_heads=2"], "must be a multiple"),
@@ -675,10 +717,10 @@ ERRORS = {
         r"hidden_size is set to 64, but the network in a/ckpt.pt has 32"),
     "another text": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--dataset=other"], None,
-        r"data/other is not what a/ckpt.pt was trained on: .*--init_from=a/ckpt.pt --block_size=16 and another"),
+        r"data/other differs from what a/ckpt.pt was trained on: .*--init_from=a/ckpt.pt --block_size=16 and a new"),
     "poisoned checkpoint": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"], poisoned_checkpoint,
-        r"at iteration 4: a/ckpt.pt is untouched; lower learning_rate"),
+        r"at iteration 4, which was not saved: lower learning_rate"),
     "a file for a folder": (["--out_dir=data/text/meta.json"], None, r"meta.json cannot be written to .*out_dir"),
     "a log on a full disk": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5"],
@@ -795,7 +837,7 @@ def test_a_resume_takes_new_learning_rates(place):
 def test_a_muon_learning_rate_of_zero_is_not_the_default(place):
     """Nothing moves the blocks' matrices then."""
     run("--optimizer=muon", "--muon_learning_rate=0", "--out_dir=a", "--max_iters=2")
-    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu", None).state_dict()
+    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu").state_dict()
     moved = {name for name, p in load("a")["model"].items() if not torch.equal(p, initial[name])}
     assert "model.embed_tokens.weight" in moved and not any("proj" in name for name in moved)
 
@@ -809,7 +851,7 @@ def test_muon_against_two_optimizers_of_torch(place):
     assert_same("a", "b")
 
     config = TrainConfig(**load("a")["config"])
-    peer = train.build_model(config, "cpu", None)
+    peer = train.build_model(config, "cpu")
     hidden = [p for name, p in peer.named_parameters() if "proj" in name]
     rest = {False: [], True: []}
     for name, p in peer.named_parameters():

@@ -42,10 +42,15 @@ import torch  # noqa: E402
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports what every child would import again
 
+import lib.log  # noqa: E402
+import lib.processes  # noqa: E402
 import train  # noqa: E402
 
-train.plot_log = lambda *_: None  # a picture takes longer than the iterations between two
-train.pick_matmul = lambda *_: ("float32", "highest")  # the fastest is measured, and may differ between two runs
+lib.log.plot_log = lambda *_: None  # a picture takes longer than the iterations between two
+lib.processes.pick_matmul = lambda *_: (
+    "float32",
+    "highest",
+)  # not measured: the fastest may differ
 save = torch.save
 torch.save = lambda checkpoint, file: (save(checkpoint, file), file.flush(), time.sleep(0.02))  # to be killed in
 
