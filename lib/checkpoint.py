@@ -31,10 +31,8 @@ from lib.files import written_whole
 
 VERSION = 3  # 1 had its own checksums, 2 no sequences_read
 HINT = "take an earlier copy, or train again"
-WEIGHTS = {  # in every checkpoint
-    "model", "iter_num", "sequences_read", "losses", "best_val_loss", "config", "data", "chat", "machine"
-}  # fmt: skip
-RUN = WEIGHTS | {"optimizer", "scheduler"}  # what a resume needs
+WEIGHTS = {"model", "iter_num", "config", "best_val_loss", "data", "chat", "machine"}  # in every checkpoint
+RUN = WEIGHTS | {"optimizer", "scheduler", "sequences_read", "losses"}  # what a resume needs
 
 
 def read_checkpoint(path, mmap=False, resume=True):

@@ -47,7 +47,7 @@ def pick_matmul(dtype, device, say=print):
         if dtype == "bfloat16" and not bf16:
             sys.exit(f"error: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware: use --dtype=float32")
         if dtype == "auto" and not bf16:
-            say(f"note: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware, so matmuls use float32")
+            say(f"note: {torch.cuda.get_device_name(device)} has no bfloat16 in hardware: matmuls use float32")
         return dtype.replace("auto", "bfloat16" if bf16 else "float32"), "high"
     if device != "cpu":
         return dtype.replace("auto", "float32"), "highest"

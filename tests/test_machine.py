@@ -78,7 +78,7 @@ def test_a_gpu_multiplies_in_what_its_hardware_has(dtype, hardware, picked, monk
             pick_matmul(dtype, "cuda:0", notes.append)
     else:
         assert pick_matmul(dtype, "cuda:0", notes.append) == picked
-    expected = ["note: Tesla T4 has no bfloat16 in hardware: float32 is used"]
+    expected = ["note: Tesla T4 has no bfloat16 in hardware: matmuls use float32"]
     assert notes == (expected if (dtype, hardware) == ("auto", False) else [])
 
 
