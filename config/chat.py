@@ -1,13 +1,13 @@
-# Supervised fine-tuning: the released base weights learn to answer. Here, questions about Python.
+# Fine-tune the released base weights to answer questions. By default, questions about Python.
 #
-#   python prepare_data.py --dataset=python_chat            # or a .jsonl of conversations of your own
+#   python prepare_data.py --dataset=python_chat            # or your own .jsonl of conversations
 #   python train.py config/chat.py
-#   python sample.py --out_dir=out/chat --chat=True
+#   python sample.py --out_dir=out/chat --chat
 #
-# 2 rows x 512 tokens = 1,024 tokens an iteration, of which the assistant's third is learnt; 100 iterations = 102,400
-# tokens, a fifth of the dataset. SmolLM2's own recipe is a learning rate of 1e-3 for 128 sequences, 2 epochs, cosine,
-# warmup over the first tenth. Scaled by the square root of the batch, 128 -> 2 sequences that are shorter as well:
-# 1e-3 / 8 = 1.25e-4, and 1e-4 lost no less (LOG.md).
+# 2 rows x 512 tokens = 1,024 tokens per iteration, of which the assistant's third is learned; 100 iterations =
+# 102,400 tokens, a fifth of the dataset. SmolLM2's own recipe is a learning rate of 1e-3 for 128 sequences, 2 epochs,
+# cosine, warmup over the first tenth. For 2 sequences instead of 128, the square root of the ratio gives 1e-3 / 8 =
+# 1.25e-4; 1e-4 was as good (LOG.md).
 
 out_dir = "out/chat"
 init_from = "base"

@@ -1,12 +1,11 @@
-# Fine-tuning: the released base weights read more of your own text. Here, the source and manual of Python.
+# Fine-tune the released base weights on your own text. By default, on the source and manual of Python.
 #
 #   python prepare_data.py --dataset=my/notes.txt
 #   python train.py config/finetune.py --dataset=notes
 #
-# 4 sequences x 256 tokens = 1,024 tokens an iteration; 100 iterations = 102,400 tokens, a thirtieth of the default
-# text.
-# The weights are good already, so the learning rate is a thirtieth of the 3e-3 that they were trained with: a batch of
-# 1,024 tokens, where that run had a million, gives a gradient about thirty times as noisy (the square root of 1,000).
+# 4 sequences x 256 tokens = 1,024 tokens per iteration; 100 iterations = 102,400 tokens, a thirtieth of the dataset.
+# The learning rate is a thirtieth of the 3e-3 of pretraining, because the gradient of 1,024 tokens is about thirty
+# times as noisy as that of the million tokens per batch there (the square root of 1,000).
 
 out_dir = "out/finetune"
 init_from = "base"

@@ -1,7 +1,7 @@
-# A small SmolLM2 for a first run on a laptop, with the same code and vocabulary: 7.1 M parameters, 6.3 M of them in
-# the embedding.
+# A small SmolLM2 for a first run on a laptop: the same code and vocabulary, but 7.1M parameters, 6.3M of them in the
+# embedding.
 #
-# 4 sequences x 64 tokens = 256 tokens an iteration; 2,000 iterations = 512,000 tokens, a sixth of the default text.
+# 4 sequences x 64 tokens = 256 tokens per iteration; 2,000 iterations = 512,000 tokens, a sixth of the default dataset.
 
 out_dir = "out/nano"
 
@@ -17,16 +17,16 @@ batch_size = 4
 block_size = 64
 max_iters = 2000
 learning_rate = 2e-3
-beta2 = 0.999  # against 0.95, after 2,000 iterations: 0.12 bits per byte less (LOG.md)
+beta2 = 0.999  # 0.12 bits per byte better than 0.95 after 2,000 iterations (LOG.md)
 schedule = "wsd"
 warmup_iters = 100
 lr_decay_iters = 2000
 wsd_decay_iters = 1600  # linear over the last four fifths
-min_lr = 2e-5  # above zero, so that iterations after 2,000 learn something as well
+min_lr = 2e-5  # above zero, so iterations after 2,000 still learn something
 eval_interval = 250
 eval_iters = 40
-log_interval = 10
+log_interval = 20
 sample_interval = 500
 sample_prompt = "This module"
 
-compile = True  # 70 ms per iteration instead of 95; without a C++ compiler it says so and runs eagerly
+compile = True  # 70 ms per iteration instead of 95; runs eagerly if there is no C++ compiler

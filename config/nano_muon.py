@@ -1,8 +1,8 @@
-# config/nano.py with another optimizer: Muon on the blocks' matrices, AdamW on the embedding and the norms.
+# config/nano.py with Muon for the blocks' matrices and AdamW for the embedding and the norms.
 #
-# Muon makes each update of a matrix nearly orthogonal by five rounds of products of the matrix with itself. Here that
-# costs about a fifth more time an iteration. For the 135M network it is 1.46 TFLOP an update, 3.5 times the training on
-# 512 tokens (config/toy.py) and a tenth of it on 16,384. So it pays on small matrices or on batches of many tokens.
+# Muon makes each update of a matrix nearly orthogonal, by five rounds of matmuls of the matrix with itself. Here that
+# makes an iteration a fifth longer. For SmolLM2-135M it is 1.46 TFLOP per update: 3.5 times the cost of training on 512
+# tokens (config/toy.py), a tenth of it on 16,384. So it pays off for small matrices, or for batches of many tokens.
 
 out_dir = "out/nano_muon"
 
@@ -15,20 +15,20 @@ head_dim = 32
 max_position_embeddings = 128  # longer samples use a sliding window
 
 batch_size = 2
-block_size = 128  # better here than 4 x 64; for config/nano.py it is the other way round (LOG.md)
+block_size = 128  # better here than 4 x 64, unlike in config/nano.py (LOG.md)
 max_iters = 2000
 optimizer = "muon"
-muon_learning_rate = 3e-3  # of the blocks' matrices
-learning_rate = 1e-2  # of the embedding and the norms
+muon_learning_rate = 3e-3  # for the blocks' matrices
+learning_rate = 1e-2  # for the embedding and the norms
 beta2 = 0.99
 schedule = "wsd"
 warmup_iters = 0
 lr_decay_iters = 2000
 wsd_decay_iters = 1600  # linear over the last four fifths
-min_lr = 1e-4  # above zero, so that iterations after 2,000 learn something as well
+min_lr = 1e-4  # above zero, so iterations after 2,000 still learn something
 eval_interval = 250
 eval_iters = 40
-log_interval = 10
+log_interval = 20
 sample_interval = 500
 sample_prompt = "This module"
 

@@ -1,17 +1,17 @@
-# SmolLM2-135M's published recipe for its first stage, with 2,048 tokens of context, for many GPUs:
+# The published recipe of SmolLM2-135M's first stage, with a context of 2,048 tokens, for many GPUs:
 #
 #   torchrun --nnodes=8 --nproc_per_node=8 train.py config/smollm2_135m.py --dataset=...
 #
 # (source: pretraining/smollm2/config_smollm2_135M.yaml in huggingface/smollm)
 #
-# 8 sequences x 64 processes x 2,048 tokens = 1,048,576 tokens an iteration. gradient_accumulation_steps
-# counts all processes together, so the batch is the same on 64 GPUs (one pass each) as on 8 (eight each).
+# 8 sequences x 64 processes x 2,048 tokens = 1,048,576 tokens per iteration. gradient_accumulation_steps
+# counts all processes together, so the batch is the same on 64 GPUs (one pass each) as on 8 (eight passes each).
 # 2,000,000 iterations = 2.1 T tokens.
 
 out_dir = "out/smollm2_135m"
 dataset = "smollm2-corpus"
 
-rope_theta = 10_000.0  # of this stage; the release continues it with 8,192 tokens and theta 100,000
+rope_theta = 10_000.0  # in this stage; the release continues it with 8,192 tokens and theta 100,000
 max_position_embeddings = 2048
 
 batch_size = 8

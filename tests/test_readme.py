@@ -83,9 +83,14 @@ def test_what_it_quotes_was_printed(files, lines):
 
 
 def test_the_quotes_are_found():
-    names = ("samples", "evaluate", "verify", "resume_test", "finetune", "discover", "bench")
-    assert len(QUOTED) == 5
+    names = ("verify", "first-run-stdout", "second-run-stdout", "resume_test", "finetune")
     assert {file for files, _ in QUOTED for file in files} == {f"assets/{name}.txt" for name in names}
+
+
+def test_the_line_count():
+    (files,) = re.findall(r"in this order, about [\d,]+ lines: (.*)\.$", README, re.M)
+    lines = sum((ROOT / name).read_text(encoding="utf-8").count("\n") for name in re.findall(r"`(.*?)`", files))
+    assert f"in this order, about {round(lines, -2):,} lines: " in README
 
 
 def test_every_asset_is_accounted_for():
