@@ -24,12 +24,12 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from configurator import check_used, configure
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure
 from lib.machine import autocast, keep_memory, mfu, peak_memory, pick_matmul
 from lib.official import wheel_gguf
 from lib.oracle import build_oracle
@@ -51,6 +51,7 @@ class BenchConfig:
     plot: bool = False  # draw the speeds as shares of the machine's limit, to out/bench.png
 
     def __post_init__(self):
+        check_used(self, not self.quick, "with --quick", "repeats")
         if unknown := set(self.rows.split(",")) - set(ROWS):
             raise ValueError(f"--rows={self.rows}: there is no {min(unknown)}; name some of {','.join(ROWS)}")
 

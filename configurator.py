@@ -109,6 +109,13 @@ def convert(text, kind):
     return bool(["False", "True"].index(text)) if kind is bool else kind(text)
 
 
+def check_used(config, condition, reason, *names):
+    """Exit with code 2 if a setting differs from its default, but has no effect because `condition` does not hold."""
+    for field in dataclasses.fields(config):
+        if not condition and field.name in names and getattr(config, field.name) != field.default:
+            reject(f"{field.name} has no effect {reason}: leave it out")
+
+
 def differences(old, new):
     """The settings whose values differ, as lines like `max_iters: 5000 -> 5050`."""
     return [f"{name}: {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]]

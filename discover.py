@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
 from typing import Literal, NamedTuple
+from configurator import configure, reject
 
 import torch
 import torch.nn.functional as F
 
-from configurator import configure, reject
 from lib.errors import one_line_errors, usable
 from lib.files import written_whole
 from lib.official import SHA256, wheel_gguf
@@ -480,7 +480,7 @@ def main(config):
         head = findings["tie_word_embeddings"]
         findings["tie_word_embeddings"] = head._replace(evidence=f"{head.evidence}, and it predicts the text")
     else:
-        print("these weights cannot read the text, so behaviour tells nothing, and the sources are believed")
+        print(f"these weights cannot read the text: the sources are believed{', nothing is drawn' * config.plot}")
         differences = {
             name: {value: Difference(0.0, 0.0, 0) for value in values if value != getattr(hypothesis, name)}
             for name, values in rivals.items()

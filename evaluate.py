@@ -12,18 +12,20 @@ training. Choices are scored as lm-evaluation-harness does it, by the log-likeli
 
 import json
 import math
+import os
+import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+from configurator import check_used, configure
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure
 from lib.batches import ratio
 from lib.dataset import open_data
 from lib.errors import one_line_errors
@@ -67,8 +69,10 @@ class EvaluateConfig:
         named = [name for name in ("dataset", "text", "task", "items") if getattr(self, name)]
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} are both given: evaluate one at a time")
-        if (self.task or self.items) and self.stride:
-            raise ValueError("--stride is for text, not for multiple choice: leave it out")
+        choices = self.task or self.items
+        check_used(self, not choices, "without --dataset or --text", "stride")
+        check_used(self, not choices and not self.text, "without --dataset", "data_dir")
+        check_used(self, "resume" in (self.init_from, self.against), "without --init_from=resume", "out_dir")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def load_text(config, vocab_size, window, encoding):
     if config.text:
         path, sources = Path(config.text), Counter()
         if suffix_of(path) in ROWS:
-            sys.exit(f"error: {path} holds rows: python prepare_data.py --dataset={path}, then evaluate that --dataset")
+            sys.exit(f"error: {path} holds rows: first python prepare_data.py --dataset={shlex.quote(config.text)}")
         ids = encode_array(encoding, read_text(path, sources))
         about = ", ".join([str(path), *sources.get("encodings", ())])
         if bad := sources["undecodable_bytes"]:
@@ -170,8 +174,7 @@ def load_text(config, vocab_size, window, encoding):
 
     if mask is not None:  # conversations: each row is a window of its own
         T = meta["block_size"]
-        if config.window or config.stride:
-            sys.exit(f"error: {about} holds conversations in rows of {T}: leave --window and --stride out")
+        check_used(config, False, f"on {about}, conversations in rows of {T}", "window", "stride")
         pairs = zip(ids.reshape(-1, T + 1)[: config.limit], mask.reshape(-1, T + 1)[:, 1:] == 1, strict=False)
         rows = [(row, learned) for row, learned in pairs if learned.any()]
         if not rows:
@@ -233,6 +236,10 @@ def table(columns):
 
 @one_line_errors("lower --batch_size, or --window")
 def main(config):
+    if config.json:  # checked now, not after the whole evaluation
+        os.makedirs(folder := Path(config.json).parent, exist_ok=True)
+        if os.path.isdir(config.json) or not os.access(folder, os.W_OK):
+            sys.exit(f"error: {config.json} cannot be written to: name another file with --json=")
     device = pick_device(config.device)
     dtype, precision = pick_matmul(config.dtype, device)
     torch.set_float32_matmul_precision(precision)
@@ -269,11 +276,7 @@ def main(config):
         sys.exit(f"error: the text has the id {largest:,}, but the weights only {vocab_size:,} ids: name other weights")
 
     # What the weights make of it
-    try:
-        losses = [score(load_network(source).to(device), rows, config.batch_size, device, dtype) for source in weights]
-    except KeyboardInterrupt:
-        sys.exit(130)
-
+    losses = [score(load_network(source).to(device), rows, config.batch_size, device, dtype) for source in weights]
     for source, of_rows in zip(weights, losses, strict=True):
         if not all(np.isfinite(row).all() for row in of_rows):
             sys.exit(f"error: {source.path} computes a loss that is no number: its weights diverged, name others")

@@ -14,17 +14,18 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from configurator import check_used, configure
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from configurator import configure
 from lib.checkpoint import read_checkpoint
 from lib.errors import first_line, one_line_errors, reject, usable, write_hint
 from lib.files import owned_folder, put_in_place
@@ -45,6 +46,9 @@ class ExportConfig:
     format: Literal["hf", "gguf"] = "hf"  # a Hugging Face folder, or one file for llama.cpp
     to: str = ""  # the folder or .gguf to write; by default `export` or `export.gguf` in out_dir
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the weights in the file; q8_0: gguf only
+
+    def __post_init__(self):
+        check_used(self, self.init_from == "resume" or not self.to, "without --init_from=resume", "out_dir")
 
 
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -185,8 +189,9 @@ def main(config):
     size = sum(file.stat().st_size for file in ([path] if gguf else path.iterdir()))
     print(f"{path}: {rows['parameters']} parameters, {config.dtype}, {size / 1e6:,.0f} MB")
     print(compared)
-    how = f"llama-cli -m {path}" if gguf else f'transformers.AutoModelForCausalLM.from_pretrained("{path}")'
-    print(f"to load: {how}, or sample.py --init_from={path}")
+    quoted = shlex.quote(str(path))
+    how = f"llama-cli -m {quoted}" if gguf else f"transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
+    print(f"to load: {how}, or python sample.py --init_from={quoted}")
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ class KVCache:
 
 def sample_ids(logits, temperature, top_k, top_p, generator):
     """Draw one id per row of logits (B, V). Return them, (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # dividing by less could overflow, and would pick the most likely id as well
         return logits.argmax(-1)
     return torch.multinomial(sampling_probs(logits / temperature, top_k, top_p), 1, generator=generator).squeeze(1)
 

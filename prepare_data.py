@@ -29,11 +29,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from configurator import check_used, configure, reject
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure, reject
 from lib.conversations import encode_conversations, packed, with_answers, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import one_line_errors, usable
@@ -351,6 +351,12 @@ def main(config):
     tokenized = bool(files) and files[0].suffix == ".ds"
     if tokenized and config.max_documents:
         reject(f"{config.dataset}: holds token ids, which are taken as they are: leave --max_documents out")
+    has_rows = files is None or any(suffix_of(file) in ROWS for file in files)
+    listed = Path(config.dataset).is_dir() or re.search(r"[*?[]", config.dataset)
+    check_used(config, files is None, "without a dataset of the Hub", "subset", "split")
+    check_used(config, listed, "without a folder or a glob", "suffixes")
+    check_used(config, has_rows, "without rows", "text_column", "prompt_column", "answer_column")
+    check_used(config, has_rows or config.dataset == "python_chat", "without conversations", "block_size")
     print(f"text: {sources['what']}" + (f", {len(files):,} files" if files and len(files) > 1 else ""))
     content, origin = tokenizer_json()
     sha256 = hashlib.sha256(content).hexdigest()
@@ -361,7 +367,8 @@ def main(config):
     started = time.perf_counter()
     draft = folder / "unfinished"
     try:
-        with one_line_errors("lower --block_size", folder), owned_folder(folder, "name"), ExitStack() as at_the_end:
+        owned = owned_folder(folder, "name or --data_dir")
+        with one_line_errors("lower --block_size", folder), owned, ExitStack() as at_the_end:
             with suppress(OSError, ValueError, KeyError, TypeError):  # no dataset, or none that could be used
                 earlier = json.loads((folder / "meta.json").read_bytes())["sources"]["identity"]
                 if earlier != sources["identity"] and not config.overwrite:

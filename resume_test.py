@@ -23,10 +23,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from configurator import configure
 
 import torch
 
-from configurator import configure
 from lib.checkpoint import read_checkpoint, write_checkpoint
 from train import TrainConfig, saved_settings, train
 

@@ -9,16 +9,17 @@ Write text or talk: a checkpoint or any other weights go in, text comes out as i
 import codecs
 import contextlib
 import importlib
+import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from configurator import check_used, configure
 
 import torch
 
-from configurator import configure
-from lib.chat import chat_ids
+from lib.chat import SYSTEM, TEMPLATE, chat_ids
 from lib.errors import one_line_errors, usable
 from lib.machine import pick_device, pick_matmul, try_compiling
 from lib.tokenizer import END_OF_TEXT, encode, known_ids, load_tokenizer
@@ -37,7 +38,7 @@ class SampleConfig:
     tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
     prompt: str | None = None  # what the text begins with; - reads standard input, @FILE a file; by default "The"
     chat: bool = False  # the prompt is a user's question; without a prompt, a conversation in the terminal
-    system: str = ""  # chat: the system's message; by default the release's own
+    system: str = ""  # chat: the system's message; by default the template's own
     num_samples: int = 1  # texts to write, all at the same time
     max_new_tokens: int = 200  # longest continuation
     temperature: float | None = None  # 0 is greedy: always the most likely token; by default 0.8, in chat 0.2
@@ -50,6 +51,9 @@ class SampleConfig:
     compile: bool = False  # several seconds to start, then three times as fast: for long texts
 
     def __post_init__(self):
+        check_used(self, self.chat, "without --chat", "system")
+        check_used(self, not self.chat or self.prompt is not None, "in a conversation without --prompt", "num_samples")
+        check_used(self, self.init_from == "resume", "without --init_from=resume", "out_dir")
         usual = dict(temperature=0.2, top_k=0, top_p=0.9) if self.chat else dict(temperature=0.8, top_k=50, top_p=1.0)
         for name, value in usual.items():
             if getattr(self, name) is None:
@@ -67,8 +71,13 @@ def read_prompt(prompt):
 
 def question_ids(encoding, system, turns):
     """The ids of a conversation up to where the assistant's next message begins."""
-    first = [{"role": "system", "content": system}] if system else []
-    return chat_ids(encoding, [*first, *turns], generation_prompt=True)[0]
+    return chat_ids(encoding, [{"role": "system", "content": system}, *turns], generation_prompt=True)[0]
+
+
+def remark(answer, last, count):
+    """Return a note on an answer that was cut, or is empty. last: its last part, None if the network ended it."""
+    empty = "" if answer.strip() else "[empty answer]"
+    return empty if last is None else f" [cut at {count} tokens]"
 
 
 def converse(encoding, system, limit, write):
@@ -76,16 +85,16 @@ def converse(encoding, system, limit, write):
     Talk until /exit or the end of standard input. Each reply reads the whole conversation again, from its beginning: a
     second or two for a thousand tokens on a CPU.
 
-    system  the system's message; "" for the template's own
+    system  the system's message, until /system gives another
     limit   most ids that a conversation may have before a reply: beyond it, its oldest turns are forgotten
-    write   function: ids -> yields the parts of the reply, lists of one str
+    write   function: ids -> yields the parts of the reply, lists of one str, [None] where the network ends it
     """
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # input() then has a history and the arrow keys
+    with contextlib.suppress(ImportError):  # input() then has a history, and lines pasted together are one question
+        importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     print(HELP)
-    turns = []
+    turns, usual = [], system
     while True:
         try:
             line = input("\n> ").strip()
@@ -101,8 +110,8 @@ def converse(encoding, system, limit, write):
             turns = []
             print("(a new conversation)")
         elif command == "/system":
-            system = rest.strip()
-            print(f"(the system's message is now: {system or 'the usual one'})")
+            system = rest.strip() or usual
+            print(f"(the system's message is now: {system})")
         elif command[:1] == "/" and command[1:].isalpha():
             print(f"({command} is no command: {HELP})")
         elif line:
@@ -114,14 +123,15 @@ def converse(encoding, system, limit, write):
                 continue
             if forgotten := (len(turns) + 1 - len(kept)) // 2:
                 print(f"(the context is full: {forgotten} of {len(turns) // 2} earlier turns are forgotten)")
-            reply = ""
+            reply, count = "", 0
             try:
                 for (part,) in write(ids):
-                    reply += part
-                    print(part, end="", flush=True)
+                    count += 1
+                    reply += part or ""
+                    print(part or "", end="", flush=True)
+                print(remark(reply, part, count))
             except KeyboardInterrupt:
-                print(" (stopped)", end="")
-            print()
+                print(" (stopped)")
             turns = [*kept, {"role": "assistant", "content": reply}]
 
 
@@ -133,6 +143,12 @@ def main(config):
     torch.set_float32_matmul_precision(precision)
     source = find_weights(config.init_from, config.out_dir, config.base, config.tokenizer)
     print(source.about)
+    pattern = re.escape(TEMPLATE).replace(re.escape(SYSTEM), r"([^'\\]+)")  # in some copies it is another sentence
+    template = re.fullmatch(pattern, str(source.chat_template).replace("\\n", "\n").strip())
+    if config.chat and not template:
+        fact = "have another template, but SmolLM2's is used" if source.chat_template else "were never trained to chat"
+        print(f"note: these weights {fact}: answers may make little sense")
+    system = config.system or (template[1] if template else SYSTEM)
     model = load_network(source).to(device)
     for p in model.parameters():  # in bf16 the weights themselves, because decoding spends its time reading them
         p.data = p.data.to(getattr(torch, dtype))
@@ -149,38 +165,34 @@ def main(config):
     )  # fmt: skip
 
     def write(ids, rows=1):
-        """Continue the ids `rows` times, yielding the new text of each row, a list of str, token by token."""
+        """Continue the ids `rows` times. Yield each row's new text, token by token; None from where a row has ended."""
         new_decoder = codecs.getincrementaldecoder("utf-8")  # a character may span several tokens
         utf8 = [new_decoder(errors="replace") for _ in range(rows)]
         for new in model.generate(torch.tensor([ids] * rows, device=device), **settings):
-            tokens = [b"" if i in stop_ids else encoding.decode_single_token_bytes(i) for i in new.tolist()]
-            yield [decoder.decode(token) for decoder, token in zip(utf8, tokens, strict=True)]
+            tokens = [None if i in stop_ids else encoding.decode_single_token_bytes(i) for i in new.tolist()]
+            yield [token and decoder.decode(token) for decoder, token in zip(utf8, tokens, strict=True)]
 
     context = model.config.max_position_embeddings
     if config.chat and config.prompt is None:
-        return converse(encoding, config.system, context - min(config.max_new_tokens, context // 2), write)
+        return converse(encoding, system, context - min(config.max_new_tokens, context // 2), write)
     if config.chat:
-        ids = question_ids(encoding, config.system, [{"role": "user", "content": prompt}])
+        ids = question_ids(encoding, system, [{"role": "user", "content": prompt}])
     else:
         ids = encode(encoding, prompt) or [END_OF_TEXT]
     if len(ids) > context:
         sys.exit(f"error: the prompt is too long: {len(ids)} tokens do not fit a context of {context}: shorten it")
     begin = f"---\n{prompt}" + "\n" * config.chat
-    texts = [begin] * config.num_samples
+    texts = [""] * config.num_samples
     count = 0
     start = time.perf_counter()
-    try:
-        if config.num_samples == 1:
-            print(begin, end="", flush=True)
-        for parts in write(ids, config.num_samples):
-            count += len(parts)
-            texts = [text + part for text, part in zip(texts, parts, strict=True)]
-            if config.num_samples == 1:
-                print(parts[0], end="", flush=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    print(begin, end="", flush=True)
+    for parts in write(ids, config.num_samples):
+        count += len(parts)
+        texts = [text + (part or "") for text, part in zip(texts, parts, strict=True)]
+        print(parts[0] or "", end="", flush=True)  # the first appears as it is written, the others afterwards
     seconds = time.perf_counter() - start
-    print("" if config.num_samples == 1 else "\n".join(texts))
+    remarks = [remark(text, last, config.max_new_tokens) * config.chat for text, last in zip(texts, parts, strict=True)]
+    print(remarks[0], *(begin + text + end for text, end in zip(texts[1:], remarks[1:], strict=True)), sep="\n")
     print(f"--- {count} tokens in {seconds:.1f} s, {count / seconds:.0f} tok/s, {dtype} on {device}")
 
 

@@ -17,10 +17,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
+from configurator import configure
 
 import torch
 
-from configurator import configure
 from lib.batches import count_targets, get_batch, mix
 from lib.checkpoint import read_checkpoint, refuse_earlier_run, remove_earlier_run, write_checkpoint
 from lib.dataset import open_data

@@ -19,13 +19,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from math import log, prod
 from typing import NamedTuple
+from configurator import check_used, configure, reject
 
 import gguf
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import configure, reject
 from lib.checkpoint import read_checkpoint
 from lib.gguf import read_gguf_types
 from lib.official import SHA256
@@ -44,6 +44,9 @@ class VerifyConfig:
     against: str = ""  # the weights of which init_from is a copy, by the same names
     tokens: int = 2_048  # length of the text that the models read; every position is compared
     quick: bool = False  # 128 tokens: takes seconds instead of a minute
+
+    def __post_init__(self):
+        check_used(self, not self.quick or self.tokens < 128, "with --quick", "tokens")
 
 
 class Tolerance(NamedTuple):

@@ -49,7 +49,8 @@ def read_checkpoint(path, mmap=False, resume=True):
             raise ValueError(f"it has layout {checkpoint['version']}, and this code reads layout {VERSION}")
         missing = (RUN if resume else WEIGHTS) - checkpoint.keys()
         if missing and missing <= RUN - WEIGHTS:
-            sys.exit(f"error: {path} has no optimizer: begin a new run with its weights, --init_from={path}")
+            flag = f"--init_from={shlex.quote(str(path))}"
+            sys.exit(f"error: {path} has no optimizer: begin a new run with its weights, {flag}")
         if missing:
             raise KeyError(", ".join(sorted(missing)))
     if not mmap:

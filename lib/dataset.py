@@ -24,6 +24,7 @@ The keys of meta.json:
 import hashlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,7 @@ def open_data(dataset, vocab_size, block_size, data_dir="data"):
     """
     folder = Path(data_dir) / dataset
     built_in = dataset in ("python", "python_chat", "shakespeare")
-    hint = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={dataset}'}"
+    hint = f"run python prepare_data.py --dataset={dataset if built_in else f'TEXT --name={shlex.quote(dataset)}'}"
     if not (folder / "meta.json").is_file():
         sys.exit(f"error: {folder}/meta.json does not exist: {hint}")
     with usable(folder / "meta.json", hint):

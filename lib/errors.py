@@ -27,6 +27,17 @@ def reject(message):
     sys.exit(2)
 
 
+def end_on_interrupt(kind, error, traceback):
+    """Print one line for a Ctrl-C that the program does not handle, such as one while torch is being imported."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+sys.excepthook = end_on_interrupt
+
+
 def first_line(error):
     """Return the first line of an exception's message, or the exception's type if it has none."""
     text = str(error).strip() or type(error).__name__
@@ -73,7 +84,8 @@ def one_line_errors(for_memory, folder="output"):
     except OSError as error:
         if error.errno == errno.ENOMEM:
             sys.exit(f"error: out of memory: {for_memory}")
-        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}: {write_hint(error)}")
+        path = re.sub(r"\.\d+\.tmp$", "", str(error.filename or folder))  # not the temporary file of an atomic write
+        sys.exit(f"error: {path}: {error.strerror or error}: {write_hint(error)}")
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         # a mere "memory" is in many other errors, such as an illegal memory access or a lack of shared memory

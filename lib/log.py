@@ -28,11 +28,11 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from configurator import differences
 
 import numpy as np
 import torch
 
-from configurator import differences
 from lib.errors import first_line, silence_stdout
 from lib.files import written_whole
 from lib.machine import mfu, peak_memory

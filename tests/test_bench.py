@@ -2,13 +2,13 @@
 
 import inspect
 import json
+from configurator import configure
 
 import pytest
 import torch
 
 import bench
 from bench import BenchConfig, SpeedTable
-from configurator import configure
 
 
 def test_ratios_are_of_medians(capsys):

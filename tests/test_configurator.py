@@ -1,17 +1,23 @@
 """configurator.py: which setting wins, and how a wrong one is answered."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+from configurator import OTHER_NAMES, configure, differences
 
 import pytest
 
-from configurator import OTHER_NAMES, configure, differences
+import prepare_data
+from bench import BenchConfig
+from evaluate import EvaluateConfig
+from export import ExportConfig
 from sample import SampleConfig
 from train import TrainConfig
+from verify import VerifyConfig
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,47 @@ def test_a_wrong_config_file(text, words, config_file, capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert_rejected([config_file(text)], words, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["run.py"]
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    (SampleConfig, ["--system=Hi"], "system has no effect without --chat: leave it out"),
+    (SampleConfig, ["--chat", "--num_samples=2"], "num_samples has no effect in a conversation without --prompt"),
+    (SampleConfig, ["--init_from=base", "--out_dir=a"], "out_dir has no effect without --init_from=resume"),
+    (EvaluateConfig, ["--init_from=base", "--out_dir=a"], "out_dir has no effect without --init_from=resume"),
+    (EvaluateConfig, ["--text=a", "--data_dir=b"], "data_dir has no effect without --dataset"),
+    (EvaluateConfig, ["--items=a", "--stride=3"], "stride has no effect without --dataset or --text"),
+    (ExportConfig, ["--init_from=base", "--to=a", "--out_dir=b"], "out_dir has no effect without --init_from=resume"),
+    (VerifyConfig, ["--quick", "--tokens=512"], "tokens has no effect with --quick"),
+    (BenchConfig, ["--quick", "--repeats=2"], "repeats has no effect with --quick"),
+])  # fmt: skip
+def test_a_setting_without_effect_is_named(script, flags, words, capsys):
+    assert_rejected(flags, [words], capsys, script, saved=None)
+    fields = {field.name: str(field.default) for field in dataclasses.fields(script)}
+    name = words.split()[0]
+    assert configure(script, [flag for flag in flags if name not in flag] + [f"--{name}={fields[name]}"])  # the default
+
+
+@pytest.mark.parametrize("flags", [
+    ["--chat", "--system=Hi"], ["--chat", "--prompt=Hi", "--num_samples=2"], ["--num_samples=2", "--out_dir=a"],
+])  # fmt: skip
+def test_a_setting_with_an_effect_is_not(flags):
+    assert configure(SampleConfig, flags)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset=a.txt", "--split=test"], "split has no effect without a dataset of the Hub"),
+    (["--subset=a"], "subset has no effect without a dataset of the Hub"),
+    (["--dataset=a.txt", "--suffixes=.c"], "suffixes has no effect without a folder or a glob"),
+    (["--dataset=a.txt", "--text_column=body"], "text_column has no effect without rows"),
+    (["--dataset=a.txt", "--block_size=99"], "block_size has no effect without conversations"),
+])  # fmt: skip
+def test_a_setting_without_effect_on_this_text(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.main(configure(prepare_data.PrepareConfig, flags))
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {words}: leave it out\n"
+    assert not Path("data").exists()
 
 
 def test_other_names_are_answered_with_ours(capsys):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from configurator import configure
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import refusal, write_dataset
 
-from configurator import configure
 from lib import dataset
 from lib.batches import get_blocks
 from lib.dataset import Files, open_data, read_tokenized

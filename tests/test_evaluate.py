@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from configurator import configure
 
 import datasets
 import numpy as np
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from networks import llama, load, save, save_checkpoint, tiny, write_dataset
 
 import evaluate
-from configurator import configure
 from evaluate import EvaluateConfig, answers, choice_rows, score, windows
 from lib.oracle import build_oracle
 from lib.tasks import TASKS, Item, file_rows, hub_task_rows, read_items
@@ -33,9 +33,9 @@ def run(capfd, *flags):
 
 def numbers(capfd, tmp_path, *flags):
     """The results by column, as --json has them."""
-    code, output, _ = run(capfd, f"--json={tmp_path / 'numbers.json'}", *flags)
+    code, output, _ = run(capfd, f"--json={tmp_path / 'new' / 'numbers.json'}", *flags)
     assert code == 0, code
-    return json.loads((tmp_path / "numbers.json").read_text())["results"], output
+    return json.loads((tmp_path / "new" / "numbers.json").read_text())["results"], output
 
 
 @pytest.fixture(autouse=True)
@@ -309,8 +309,8 @@ def test_conversations_are_scored_where_they_are_learned(capfd, tmp_path, out_di
     assert found["A"]["nats per token"][0] == pytest.approx(loss, abs=1e-5)
     assert found["A"]["bits per byte"][0] == pytest.approx(loss * len(learned) / math.log(2) / size, rel=1e-5)
     assert f"{len(learned)} tokens, {size} bytes, in 9 rows" in output
-    code, _, _ = run(capfd, *flags, "--window=8")
-    assert "holds conversations in rows of 16: leave --window and --stride out" in code
+    code, _, error = run(capfd, *flags, "--window=8")
+    assert code == 2 and re.match(r"error: window has no effect on .*val\.bin, conversations in rows of 16", error)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,8 +341,11 @@ def test_bad_items(capfd, tmp_path, out_dir, content, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--text=rows.jsonl"], "rows.jsonl holds rows: python prepare_data.py --dataset=rows.jsonl"),
+    (["--text=rows.jsonl"], "rows.jsonl holds rows: first python prepare_data.py --dataset=rows.jsonl"),
+    (["--text=a b.jsonl"], "prepare_data.py --dataset='a b.jsonl'"),
     (["--text=empty.txt"], "empty.txt holds no text"),
+    (["--json=empty.txt/a.json", "--out_dir=nowhere"], "error: empty.txt: (File exists|Not a directory): move it away"),
+    (["--json=small", "--out_dir=nowhere"], "small cannot be written to: name another file with --json="),
     (["--text=notes.txt", "--window=129"], "window 129 is longer than the context, 128: lower"),
     (["--text=notes.txt", "--window=8", "--stride=9"], "stride 9 is longer than window 8"),
     (["--items=notes.txt"], "notes.txt is not a file of rows"),
@@ -352,6 +355,7 @@ def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     for name, content in (("notes.txt", TEXT), ("rows.jsonl", "{}"), ("empty.txt", "")):
         (tmp_path / name).write_text(content)
+    (tmp_path / "small").mkdir()
     if "--against=small" in flags:
         save(tmp_path / "small")
     code, _, _ = run(capfd, f"--out_dir={out_dir}", *flags)
@@ -361,7 +365,7 @@ def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
 @pytest.mark.parametrize("flags, message", [
     (["--text=a", "--items=b"], "--text and --items are both given"),
     (["--limit=0"], "limit is 0: it must be a whole number from 1"),
-    (["--task=piqa", "--stride=9"], "--stride is for text"),
+    (["--task=piqa", "--stride=9"], "stride has no effect without --dataset or --text"),
     (["--init_from=wheel", "--base=base"], "--base=base is for LoRA adapters"),
 ])  # fmt: skip
 def test_wrong_commands(capfd, flags, message):

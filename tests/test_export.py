@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import warnings
 from dataclasses import asdict, replace
+from configurator import configure
 
 import pytest
 import torch
@@ -16,7 +19,6 @@ from networks import load, refusal, save_checkpoint
 
 import export
 import model as model_py
-from configurator import configure
 from export import ExportConfig
 from lib.chat import TEMPLATE
 from lib.gguf import header_value
@@ -51,9 +53,13 @@ def quiet(caplog):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_loads_the_same_model(tmp_path, dtype, capsys, quiet):
-    model, folder = write(tmp_path), tmp_path / "export"
-    export.main(configure(ExportConfig, [f"--out_dir={tmp_path}", f"--dtype={dtype}"]))
-    assert f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}" in capsys.readouterr().out
+    model, folder = write(tmp_path), tmp_path / "it's mine"
+    export.main(configure(ExportConfig, [f"--out_dir={tmp_path}", f"--to={folder}", f"--dtype={dtype}"]))
+    output = capsys.readouterr().out
+    assert f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}" in output
+    call, command = re.search(r"to load: transformers\.AutoModelForCausalLM\.(.*), or (.*)", output).groups()
+    assert eval(call, {"from_pretrained": str}) == str(folder)
+    assert shlex.split(command) == ["python", "sample.py", f"--init_from={folder}"]
     peer, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.dtype == getattr(torch, dtype)
@@ -69,7 +75,7 @@ def test_transformers_loads_the_same_model(tmp_path, dtype, capsys, quiet):
     assert tokenizer.clean_up_tokenization_spaces is False  # transformers 4 would turn " ," into ","
     assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.chat_template is None
     card = (folder / "README.md").read_text().splitlines()
-    for line in ("# export", "| parameters | 3,232,064 |", "| iteration | 7 |", "| trained on | text |",
+    for line in ("# it's mine", "| parameters | 3,232,064 |", "| iteration | 7 |", "| trained on | text |",
                  "| best val loss | 1.0000 nats per token |", "learning_rate = 0.125"):  # fmt: skip
         assert line in card, line
 

@@ -1,6 +1,7 @@
 """The layout: who may import whom, and what training and sampling may not need."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,15 @@ def test_training_and_sampling_import_little():
     code = "import sys, prepare_data; print('torch' in sys.modules)"  # preparing text takes no two seconds to start
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_ctrl_c_during_the_imports_is_one_line(script, tmp_path):
+    for name in ("torch", "numpy"):  # whichever a script imports first
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    env = dict(os.environ, PYTHONPATH=str(tmp_path))
+    process = subprocess.run([sys.executable, f"{script}.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
 
 
 def test_the_core_is_read_in_one_sitting():

@@ -10,6 +10,7 @@ import re
 import signal
 import tracemalloc
 from pathlib import Path
+from configurator import configure
 
 import numpy as np
 import pyarrow
@@ -23,7 +24,6 @@ from tokenizers import Tokenizer
 import lib.official
 import lib.text
 import prepare_data
-from configurator import configure
 from lib.chat import chat_ids
 from lib.dataset import open_data
 from lib.files import owned_folder, sha256_of
@@ -310,7 +310,7 @@ def test_sigkill_leaves_a_whole_dataset_or_none(place, monkeypatch, nth):
 def test_a_second_run_into_the_same_name_is_refused(place, capsys):
     with owned_folder("data/in", "name"):
         code, said = failure(capsys, f"--dataset={write_jsonl(STORIES)}")
-    assert code == 1 and re.fullmatch(r"error: data.in is in use by another process: .* --name", said)
+    assert code == 1 and re.fullmatch(r"error: data.in is in use by another process: .* --name or --data_dir", said)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # some file systems report it only when a file is flushed
@@ -447,7 +447,7 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "one letter": (lambda: write("a.txt", "a"), ["--dataset=a.txt"], 1, ["a.txt: train has nothing", "--val_fraction"]),
     "val_fraction 0": (None, ["--val_fraction=0"], 2, ["val_fraction is 0.0: it must be a number from"]),
     "name outside": (None, ["--name=../x"], 2, ["../x", "--name"]),
-    "folder is a file": (lambda: write("data/a", ""), ["--name=a"], 1, [str(Path("data/a")), "different --name"]),
+    "folder is a file": (lambda: write("data/a", ""), ["--name=a"], 1, [str(Path("data/a")), "--name or --data_dir"]),
     "one conversation": (lambda: write_chats(CHATS[:1] * 3), ["--dataset=in.jsonl"], 1, ["a single conversation"]),
     "no answers": (lambda: write_chats([say(("user", "x"))] * 3), ["--dataset=in.jsonl"], 1, ["3 conversations with"]),
     "one column": (None, ["--prompt_column=body"], 2, ["--prompt_column and --answer_column"]),

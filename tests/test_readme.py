@@ -6,10 +6,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from configurator import configure
 
 import pytest
 
-from configurator import configure
 from model import PRESETS, parameter_table
 
 ROOT = Path(__file__).parent.parent

@@ -1,18 +1,21 @@
 """sample.py: text from the official weights as transformers writes it, from checkpoints, and its errors."""
 
 import io
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from configurator import configure
 
 import jinja2
 import pytest
 import torch
-from networks import save_checkpoint, tiny
+from networks import llama, save, save_checkpoint, tiny
 
 import sample
-from configurator import configure
+from lib.chat import SYSTEM
 from lib.gguf import header_value
 from lib.official import wheel_gguf
 from lib.oracle import build_oracle
@@ -74,12 +77,92 @@ def test_a_conversation(capfd, monkeypatch, real_model, hf_tokenizer):
             continue
         messages.append(dict(role="user", content=line))
         text = template.render(messages=messages, add_generation_prompt=True)
-        answer = hf_tokenizer.decode(continued(peer, hf_tokenizer.encode(text).ids, 12))
+        ids = continued(peer, hf_tokenizer.encode(text).ids, 12)
+        answer = hf_tokenizer.decode(ids)
         messages.append(dict(role="assistant", content=answer))
-        expected.append(answer)
+        expected.append(answer + " [cut at 12 tokens]" * (ids[-1] != 2))
     parts = talk(capfd, monkeypatch, lines, "--init_from=base", "--temperature=0", "--max_new_tokens=12")
     assert parts[:2] + parts[3:4] == expected and "Paris" in expected[0]
     assert "Answer in French" in parts[2] and "/foo is no command" in parts[4]
+
+
+@pytest.mark.parametrize("rows, remarks", [  # ids that the network writes, a column for each text
+    ([[504, 504], [2, 504]], ["The", "TheThe [cut at 2 tokens]"]), ([[2, 504], [2, 0]], ["[empty answer]", "The"]),
+    ([[504], [2]], ["The"]), ([[504], [504]], ["TheThe [cut at 2 tokens]"]), ([[2]], ["[empty answer]"]),
+])  # fmt: skip
+def test_an_answer_that_is_cut_or_empty_says_so(rows, remarks, capfd, monkeypatch, tmp_path):
+    save_checkpoint(tmp_path, tiny(), chat=True)
+    monkeypatch.setattr(SmolLM2, "generate", lambda self, idx, **_: map(torch.tensor, rows))
+    flags = [f"--out_dir={tmp_path}", "--max_new_tokens=2"]
+    texts = run(capfd, *flags, "--chat", "--prompt=Hi", f"--num_samples={len(remarks)}")[2].split("---\nHi\n")[1:]
+    assert [text.split("\n---")[0].strip() for text in texts] == remarks
+    if len(remarks) == 1:
+        assert talk(capfd, monkeypatch, ["Hi"], *flags) == [remarks[0], ""]
+
+
+def folder_with(path, template):
+    save(path, llama(vocab_size=49_152, max_position_embeddings=128))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return f"--init_from={path}"
+
+
+OTHER = "{% for message in messages %}{{ '<s>' + message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, note", [
+    ("", "were never trained to chat"), (OTHER, "have another template, but SmolLM2's is used"),
+    ([{"name": "default", "template": OTHER}], "have another template, but SmolLM2's is used"),
+])  # fmt: skip
+def test_weights_of_another_chat_template_or_none_get_a_note(template, note, capfd, tmp_path):
+    flags = [folder_with(tmp_path, template), "--max_new_tokens=1"]
+    output = run(capfd, *flags, "--chat", "--prompt=Hi")[2]
+    assert output.count("note: these weights") == 1 and f"note: these weights {note}: answers may make" in output
+    assert "note: these weights" not in run(capfd, *flags)[2]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\\n"])
+@pytest.mark.parametrize("sentence", ["You are a helpful assistant.", "Antworte knapp (auf Deutsch)!"])
+def test_a_template_with_another_system_sentence(newline, sentence, capfd, monkeypatch, tmp_path, hf_tokenizer):
+    """Other copies of the release have one: the prompt is as jinja2 renders their template, and there is no note."""
+    template = header_value(wheel_gguf(), "tokenizer.chat_template").replace("\n", newline).replace(SYSTEM, sentence)
+    prompts = []
+
+    def generate(self, idx, **_):
+        prompts.extend(idx.tolist())
+        yield torch.tensor([2])
+
+    monkeypatch.setattr(SmolLM2, "generate", generate)
+    flags = [folder_with(tmp_path, template), "--chat"]
+    assert "note: these weights" not in run(capfd, *flags, "--prompt=Hi")[2]
+    talk(capfd, monkeypatch, ["/system Be kind.", "/system", "Hi"], *flags)
+    messages = [dict(role="user", content="Hi")]
+    text = jinja2.Template(template, keep_trailing_newline=True).render(messages=messages, add_generation_prompt=True)
+    assert prompts == [hf_tokenizer.encode(text).ids] * 2
+
+
+PASTED = """
+import sample
+sample.question_ids = lambda encoding, system, turns: turns[-1]["content"]
+sample.converse(None, "", 100, lambda ids: iter([[repr(ids)], [None]]))
+"""
+
+
+def test_lines_pasted_together_are_one_question():
+    """On a terminal; what is typed, even ahead, stays one question for each line."""
+    terminal, theirs = os.openpty()
+    root, env = Path(sample.__file__).parent, dict(os.environ, TERM="xterm")
+    process = subprocess.Popen([sys.executable, "-c", PASTED], cwd=root, env=env, stdin=theirs, stdout=theirs)
+    os.close(theirs)
+    output = b""
+    for keys in (b"\x1b[200~one\ntwo\rthree\x1b[201~\r", b"four\rfive\r", b"", b"/exit\r"):
+        seen = len(output)
+        while b"> " not in output[seen:]:
+            output += os.read(terminal, 1_000)
+        os.write(terminal, keys)
+    assert process.wait() == 0
+    os.close(terminal)
+    for answer in (rb"'one\ntwo\nthree'", b"'four'", b"'five'"):
+        assert answer in output, output
 
 
 def test_a_conversation_longer_than_the_context(capfd, monkeypatch, tmp_path):
@@ -98,7 +181,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(capfd, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
-    converse(load_tokenizer(), "", 100, write)
+    converse(load_tokenizer(), "Be kind.", 100, write)
     assert "half (stopped)\n\n> " in capfd.readouterr().out
 
 
@@ -114,6 +197,7 @@ def test_the_prompt_of_a_file_and_of_standard_input(capfd, monkeypatch, out_dir,
 
 @pytest.mark.parametrize("flag", [
     "--temperature=-0.1", "--temperature=nan", "--top_p=1.5", "--top_k=-2", "--repetition_penalty=0", "--num_samples=0",
+    "--seed=18446744073709551616",
 ])  # fmt: skip
 def test_sampling_settings_are_checked_before_the_weights_load(flag, capfd):
     with pytest.raises(SystemExit) as exit:
@@ -152,6 +236,8 @@ def test_a_checkpoint(capfd, out_dir):
     assert run(capfd, *flags)[1] == texts  # the same seed, the same texts
     assert run(capfd, *flags, "--seed=2")[1] != texts
     assert run(capfd, f"--init_from={out_dir}/ckpt.pt", *flags[1:])[1] == texts
+    greedy = [run(capfd, *flags, f"--temperature={t}")[1] for t in (0, 1e-40, 1e-37)]  # logits / 1e-37 overflow
+    assert greedy[0] == greedy[1] == greedy[2]
     code, texts, _ = run(capfd, *flags[:2], "--prompt=")  # an empty prompt begins a document
     assert code == 0 and texts[0]
 
@@ -167,7 +253,7 @@ def test_a_checkpoint(capfd, out_dir):
 def test_errors(capfd, out_dir, flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("latin.txt").write_bytes(b"\xff\xfe")
-    code, _, _ = run(capfd, f"--out_dir={out_dir}", *flags)
+    code, _, _ = run(capfd, *flags if "--init_from=bsae" in flags else [f"--out_dir={out_dir}", *flags])
     assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
 
 
@@ -183,10 +269,11 @@ def test_without_a_compiler_it_goes_on(out_dir, capfd, monkeypatch):
     assert "compile     torch.compile failed (RuntimeError: no C++ compiler), running eagerly" in output
 
 
-def test_a_closed_stdout_ends_it_quietly(out_dir):
-    """python sample.py | head -1"""
+@pytest.mark.parametrize("to", ["| head -1", ">&-"])
+def test_a_closed_stdout_ends_it_quietly(to, out_dir):
     root = Path(sample.__file__).parent
-    line = f"{sys.executable} sample.py --out_dir={out_dir} --device=cpu --dtype=float32 --num_samples=9 | head -1"
+    flags = f"--out_dir={out_dir} --device=cpu --dtype=float32 --num_samples=9 --max_new_tokens=9"
+    line = f"{sys.executable} sample.py {flags} {to}"
     process = subprocess.run(["bash", "-c", line], cwd=root, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
 
@@ -197,6 +284,7 @@ def test_a_closed_stdout_ends_it_quietly(out_dir):
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), SystemExit,
      r"error: out of memory \(.*--dtype=bfloat16"),
     (MemoryError(), SystemExit, r"error: out of memory \(MemoryError\).*--dtype=bfloat16"),
+    (OSError(5, "Input/output error", "a.json.12.tmp"), SystemExit, "error: a.json: Input/output error: use another"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError, "illegal memory access"),
 ])  # fmt: skip
 def test_out_of_memory_and_other_errors(out_dir, error, kind, message, monkeypatch):

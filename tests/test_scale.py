@@ -4,12 +4,12 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from configurator import configure
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import configure
 from lib.machine import flops_per_token
 from model import PRESETS, SmolLM2
 from train import TrainConfig

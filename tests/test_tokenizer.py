@@ -5,6 +5,7 @@ import importlib
 import json
 import sysconfig
 from pathlib import Path
+from configurator import configure
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,6 @@ from networks import llama, refusal, save, save_checkpoint, tiny, write_dataset
 from transformers import AutoTokenizer
 
 import sample
-from configurator import configure
 from lib import tokenizer
 from lib.files import sha256_of
 from lib.tokenizer import END_OF_TEXT, NO_TOKEN, TOKENIZER_SHA256, VOCAB_SIZE, encode, load_tokenizer, tokenizer_json

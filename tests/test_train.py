@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from configurator import configure
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ from networks import write_dataset
 
 import resume_test
 import train
-from configurator import configure
 from lib.batches import get_blocks, mix
 from lib.checkpoint import read_checkpoint, write_checkpoint
 from lib.optimizer import get_lr

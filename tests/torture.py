@@ -54,10 +54,10 @@ lib.processes.pick_matmul = lambda *_: (
 save = torch.save
 torch.save = lambda checkpoint, file: (save(checkpoint, file), file.flush(), time.sleep(0.02))  # to be killed in
 
+from configurator import configure  # noqa: E402
+
 from networks import write_dataset  # noqa: E402
 from spoil import spoil  # noqa: E402
-
-from configurator import configure  # noqa: E402
 
 ITERS, SAVES = 40, 10  # iterations in a run, and between saves
 EXPECTED = {}  # number of processes: the state() of the undisturbed run
