@@ -130,7 +130,7 @@ def token_sizes(encoding, vocab_size):
 
 def tokenizer_files(folder):
     """Return the files of a folder's tokenizer, of any kind: its tokenizer.json comes first."""
-    patterns = ("tokenizer.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
+    patterns = ("tokenizer.json", "*.model", "vocab*", "merges.txt")
     return [file for pattern in patterns for file in sorted(Path(folder).glob(pattern))]
 
 

@@ -126,7 +126,8 @@ def network_in(path):
     if len(found) == 1:
         return network_in(found[0])
     if found:
-        sys.exit(f"error: {path} holds {len(found)} networks: name one, for example --init_from={shlex.quote(str(found[0]))}")
+        example = f"--init_from={shlex.quote(str(found[0]))}"
+        sys.exit(f"error: {path} holds {len(found)} models: name one, for example {example}")
     needs = "config.json with model.safetensors, a ckpt.pt, a .gguf file or a LoRA adapter"
     sys.exit(f"error: {path} holds no weights: a folder needs {needs}")
 

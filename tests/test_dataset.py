@@ -44,6 +44,7 @@ def test_a_dataset_is_opened(tmp_path):
     train, val, found = opened(tmp_path)
     for split in ("train", "val"):
         meta[split]["loss_tokens"] = meta[split]["tokens"]
+    meta["sha256"] = {split: meta[split]["sha256"] for split in ("train", "val")}
     assert (train.ids.tolist(), val.ids.tolist(), found) == (list(range(40)), list(range(20)), meta)
     assert train.ids.dtype == np.uint16 and train.mask is None
 

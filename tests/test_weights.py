@@ -362,7 +362,7 @@ SPOILT = {  # how: (what spoils the folder, words of the one line). It may retur
     ),
     "a shard is missing": (lambda f: [in_shards(f), next(f.glob("*1-of-*.bin")).unlink()][0], "cannot be used (No"),
     "an index that leads elsewhere": (index({"a": "../x.bin"}), "not beside it"),
-    "two snapshots": (put("snapshots/a", "snapshots/b"), "holds 2 networks: name one"),
+    "two snapshots": (put("snapshots/a", "snapshots/b"), "holds 2 models: name one"),
     "an optimizer for weights": (
         lambda f: moved("pytorch_model.bin", more={"state": {}})(f).parent, "it holds more than the tensors"
     ),
