@@ -39,7 +39,7 @@ from lib.dataset import read_tokenized
 from lib.errors import one_line_errors, usable
 from lib.files import owned_folder, put_in_place, sha256_of, written_whole
 from lib.python_chat import python_chat
-from lib.text import CHUNK, PLAIN, ROWS, conversation, decompressed_name, documents, find_files, suffix_of
+from lib.text import CHUNK, PLAIN, ROWS, conversation, decompressed_name, documents, find_files, odd_text, suffix_of
 from lib.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
 
 
@@ -52,7 +52,7 @@ class PrepareConfig:
     data_dir: str = "data"  # the folder that holds all datasets; train.py reads data/
     val_fraction: float = 0.1  # share of the documents held out for validation, between 0 and 1
     suffixes: str = ""  # further suffixes of plain text: .c,.h,.rs; all takes every text file of a folder
-    text_column: str = "text"  # rows: the column that holds the text; a row without it may be a conversation
+    text_column: str = ""  # rows: the column that holds the text; by default "text", if a row has no conversation
     prompt_column: str = ""  # conversations: the column of the user's words, if its name is not a usual one
     answer_column: str = ""  # conversations: the column of the assistant's; the two go before text_column
     block_size: int = 512  # conversations: they are packed into rows for this block_size; train.py must use the same
@@ -221,13 +221,15 @@ def bundles(stream):
 
 
 def encode_bundle(encoding, bundle):
-    """Encode a list of pieces as {split: (bytes for the .bin, number of documents, bytes of text)}."""
+    """Encode a list of pieces as {split: (bytes for the .bin, number of documents, bytes of text, odd_text)}."""
     encoded = {}
     for split in {split for split, _ in bundle}:
         texts = [text for s, text in bundle if s == split]
         ids = [[END_OF_TEXT] if text is None else encode_array(encoding, text) for text in texts]
-        size = sum(len(text.encode()) for text in texts if text is not None)
-        encoded[split] = np.concatenate(ids).astype("<u2").tobytes(), texts.count(None), size
+        contents = [text.encode() for text in texts if text is not None]
+        odd = odd_text(b"\n".join(contents))
+        size = sum(map(len, contents)) - odd["no_token"]
+        encoded[split] = np.concatenate(ids).astype("<u2").tobytes(), texts.count(None), size, odd
     return encoded
 
 
@@ -244,13 +246,15 @@ def on_all_cores(function, items):
             yield waiting.popleft().result()
 
 
-def write_text(files, stream, config, encoding):
+def write_text(files, stream, config, encoding, sources):
     """Write documents of text to train.bin and val.bin, which are open in `files`. Return {split: counts}."""
     work = bundles(pieces(stream, config.val_fraction))
     counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
         for encoded in on_all_cores(lambda bundle: encode_bundle(encoding, bundle), work):
-            for split, (content, documents, size) in encoded.items():
+            for split, (content, documents, size, odd) in encoded.items():
+                for name, count in odd.items():
+                    sources[name] += count
                 files[f"{split}.bin"].write(content)
                 counts[split]["tokens"] += len(content) // 2
                 counts[split]["bytes"] += size
@@ -274,7 +278,7 @@ def write_conversations(files, stream, config, encoding, sources):
 
 def write_dataset(draft, config, files, encoding, meta):
     """Write the .bin files to the folder `draft`. meta: the first keys of meta.json. Return all of them."""
-    sources = meta["sources"] | {"documents": 0, "empty_documents": 0, "undecodable_bytes": 0}
+    sources = collections.defaultdict(int, meta["sources"], documents=0)
     digest = hashlib.sha256()  # of the documents' sha256s, in order
 
     def counted(stream):
@@ -289,17 +293,26 @@ def write_dataset(draft, config, files, encoding, meta):
         stream = counted(documents(files, config, sources))
     first = next(stream, None)
     if first is None:
-        sys.exit(f"error: {config.dataset}: no text in it, every document is empty: name another --dataset")
+        sys.exit(f"error: {config.dataset}: no text in it ({'; '.join(notes(sources))}): name another --dataset")
     stream = itertools.chain([first], stream)
     kinds = ("",) if first.messages is None else ("", "_mask")
     with ExitStack() as stack:
         names = [f"{split}{kind}.bin" for split in ("train", "val") for kind in kinds]
         bins = {name: stack.enter_context(open(draft / name, "wb")) for name in names}
         if first.messages is None:
-            counts = write_text(bins, stream, config, encoding)
+            counts = write_text(bins, stream, config, encoding, sources)
         else:
             meta["block_size"] = config.block_size
             counts = write_conversations(bins, stream, config, encoding, sources)
+    train, val = counts["train"], counts["val"]
+    if train["bytes"] and train["tokens"] < val["tokens"] and config.val_fraction <= 0.5:
+        tqdm.write("note: val got more text than train, in a few long documents: the two were exchanged")
+        counts = {"train": val, "val": train}
+        for kind in kinds:
+            for name, other in (("train", "val_"), ("val", "train"), ("val_", "val")):
+                os.replace(draft / f"{name}{kind}.bin", draft / f"{other}{kind}.bin")
+    if not train["bytes"] + val["bytes"]:
+        sys.exit(f"error: {config.dataset}: nothing to learn ({'; '.join(notes(sources))}): name another --dataset")
     for split, other in (("train", "lower"), ("val", "raise")):
         if not counts[split]["bytes"] or counts[split]["tokens"] == counts[split]["documents"]:
             reasons = "; ".join(["too short to split", *notes(sources)])
@@ -333,20 +346,30 @@ def notes(sources):
         yield f"read as {encoding}: {same['first']}{others}"
     if left_out := sources.get("left_out"):
         yield "left out: " + ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-    row, place = sources.get("first_without_column"), sources.get("first_undecodable")
+    if columns := sources.get("columns"):
+        others = ", ".join(f"{name} ({count:,} rows)" for name, count in columns["not_read"].items())
+        yield f"columns: {', '.join(columns['read'])}" + (f"; not read: {others}" if others else "")
+    row, broken = sources.get("first_row_left_out"), sources.get("first_undecodable")
     texts = {
-        "rows_without_column": f"rows without a text were left out: {row}",
-        "without_an_answer": "conversations without an assistant's answer were left out",
+        "rows_left_out": f"rows were left out: {row}",
+        "with_tool_calls": "conversations with tool calls were left out",
+        "empty_answers": "empty answers are not learned",
+        "without_an_answer": "conversations without an assistant's answer to learn were left out",
         "cut_before_the_answer": "conversations with no answer before the row's end were left out: raise --block_size",
         "empty_documents": "empty documents were left out",
-        "undecodable_bytes": f"bytes that cannot be decoded became U+FFFD, the first in {place}",
+        "undecodable_bytes": f"bytes that cannot be decoded became U+FFFD, the first in {broken}",
+        "no_token": "bytes that have no token were left out: rare control characters, or not assigned in Unicode",
+        "<|endoftext|>": "<|endoftext|> are ordinary text here: make each document a file or a row of .jsonl",
+        "<|im_start|>": "<|im_start|> are ordinary text here: write a conversation as messages, in a row of .jsonl",
+        "<|im_end|>": "<|im_end|> are ordinary text here",
     }
     yield from (f"note: {sources[name]:,} {text}" for name, text in texts.items() if sources.get(name))
 
 
 def main(config):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are not UTF-8
     name, files, sources = find_source(config)
-    name = config.name or name or "text"
+    name = config.name or os.fsencode(name).decode(errors="replace") or "text"
     folder = Path(config.data_dir) / name
     tokenized = bool(files) and files[0].suffix == ".ds"
     if tokenized and config.max_documents:
@@ -394,6 +417,7 @@ def main(config):
     print(" " * 6 + "".join(f"{name:>16}" for name in both))
     for split, counts in (("train", train), ("val", val), ("both", both)):
         print(f"{split:<6}" + "".join(f"{counts[name]:>16,}" for name in both))
+    print(f"val is {val['tokens'] / both['tokens']:.1%} of all tokens")
     for line in notes(meta["sources"]):
         print(line)
     speed = f"{both['tokens'] / seconds:,.0f} tokens/s, {both['bytes'] / both['tokens']:.3f} bytes/token"

@@ -23,12 +23,12 @@ TEMPLATE = (  # the same turns in Jinja, as the wheel's GGUF has them, byte for 
 
 def chat_ids(encoding, messages, generation_prompt=False):
     """
-    (ids, mask) of a conversation: two lists of int of one length. The mask is 1 at the content of the assistant's
-    messages and at the <|im_end|> that closes each, and 0 at all else. White space at the start of an answer may merge
-    with the header's newline. The mask of such a token is 0: the assistant never writes it, because the newline is
-    there before it begins.
+    Return (ids, mask) of a conversation, two lists of int of one length. The mask is 1 at the content of the
+    assistant's messages and at the <|im_end|> that closes each, and 0 at all else. White space at the start of an
+    answer may merge with the header's newline: its mask is 0, because the assistant never writes that token.
 
-    messages           list of {"role": str, "content": str}; SYSTEM comes first if the first is not the system's
+    messages           list of {"role": str, "content": str}; SYSTEM comes first if the first is not the system's. With
+                       "weight": 0 an answer's mask is 0.
     generation_prompt  end where the assistant's next answer begins
     """
     start, end = (encoding.encode_single_token(name) for name in ("<|im_start|>", "<|im_end|>"))
@@ -39,7 +39,7 @@ def chat_ids(encoding, messages, generation_prompt=False):
     for message in messages:
         header = f"{message['role']}\n"
         text = encode(encoding, header + message["content"])  # in one piece, as Hugging Face does
-        learned = int(message["role"] == "assistant")
+        learned = int(message["role"] == "assistant" and message.get("weight", 1))
         first, size = 0, 0  # the first token that is all content; the bytes before it
         while size < len(header):
             size += len(encoding.decode_single_token_bytes(text[first]))

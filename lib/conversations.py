@@ -70,6 +70,7 @@ def write_rows(files, rows, length, encoding):
     counts = {split: dict.fromkeys(names, 0) for split in ("train", "val")}
     for split, conversations in tqdm(rows, unit=" rows", disable=None):  # shown on a terminal only
         ids, mask = np.zeros(length, "<u2"), np.zeros(length, np.uint8)
+        conversations.sort(key=lambda conversation: conversation.sha256)  # first fit puts long ones first
         joined = np.concatenate([conversation.ids for conversation in conversations])[:length]
         ids[: len(joined)] = joined
         mask[: len(joined)] = np.concatenate([conversation.mask for conversation in conversations])[:length]

@@ -32,7 +32,7 @@ def documented(tree, path):
     """Yield (question, answer), or (question, answer, question, answer), for each docstring of a module."""
     parts = path.relative_to(Path(os.__file__).parent).with_suffix("").parts
     module = ".".join(part for part in parts if part != "__init__")  # "json" for .../python3.11/json/__init__.py
-    yield paragraphs(tree, f"What is Python's module `{module}` for?")
+    yield paragraphs(ast.get_docstring(tree), f"What is Python's module `{module}` for?")
     for node in tree.body:
         yield from definition(node, module)
         for method in node.body if isinstance(node, ast.ClassDef) else ():
@@ -45,21 +45,20 @@ def definition(node, place):
     if any(part.startswith("_") for part in name.split(".")):
         return
     if isinstance(node, ast.ClassDef):
-        yield paragraphs(node, f"What is the class `{name}`?")
+        yield paragraphs(ast.get_docstring(node), f"What is the class `{name}`?")
     elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        question, answer, *_ = paragraphs(node, f"What does `{name}` do?")
+        question, answer, *_ = paragraphs(ast.get_docstring(node), f"What does `{name}` do?")
         yield question, answer, "What is its signature?", f"{node.name}({ast.unparse(node.args)})"
 
 
-def paragraphs(node, question):
-    """Return the question with the docstring's first paragraph. The next paragraph, if any, makes a second pair."""
-    first, *rest = (ast.get_docstring(node) or "").split("\n\n")
+def paragraphs(text, question):
+    """Return the question with a text's first paragraph. The next paragraph, if any, makes a second pair."""
+    first, *rest = [part for part in (text or "").split("\n\n") if part.strip()] or [""]
     return [question, first, "Tell me more.", rest[0]] if rest else [question, first]
 
 
 def topics(tree):
     """Yield the same for the dict in pydoc_data/topics.py: the texts of help("assert") and the like."""
     for text in ast.literal_eval(tree.body[-1].value).values():
-        title, first, *rest = text.strip().split("\n\n")
-        question = f"Explain this topic of Python: {title.splitlines()[0]}."
-        yield [question, first, "Tell me more.", rest[0]] if rest else [question, first]
+        title, rest = text.strip().split("\n\n", 1)
+        yield paragraphs(rest, f"Explain this topic of Python: {title.splitlines()[0]}.")

@@ -28,6 +28,7 @@ import charset_normalizer
 import fsspec
 
 from lib.errors import usable
+from lib.tokenizer import NO_TOKEN
 
 CHUNK = 2**18  # characters read at a time
 SAMPLE = 2**20  # bytes that decide the encoding of a file
@@ -43,7 +44,7 @@ class Document(NamedTuple):
     sha256: bytes  # of its text in UTF-8, or of its messages
     chars: int
     open: Callable | None  # () -> its text, as a file to read from; None for a conversation
-    messages: list | None = None  # of a conversation: {"role": str, "content": str} each
+    messages: list | None = None  # of a conversation: {"role": str, "content": str} each, and "weight": 0 if masked
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def read_text(path, sources):
 # Text -> rows: each function yields (where, row)
 
 
-def jsonl_rows(path, column, sources):
+def jsonl_rows(path, sources):
     with open_text(path, sources) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -160,7 +161,7 @@ def jsonl_rows(path, column, sources):
                 yield where, row
 
 
-def json_rows(path, column, sources):
+def json_rows(path, sources):
     """Yield the items of an array, or the objects that follow one another."""
     text, number, at = read_text(path, sources).strip(), itertools.count(1), 0
     while at < len(text):
@@ -171,24 +172,39 @@ def json_rows(path, column, sources):
             yield f"{path}, item {next(number)}", row
 
 
-def csv_rows(path, column, sources):
+def csv_rows(path, sources):
+    """Yield the records of a .csv or .tsv, with quotes as spreadsheets write them: such a field may span lines."""
     csv.field_size_limit(2**31 - 1)
     with open_text(path, sources) as file:
         header = file.readline()
         # Where the comma is the decimal point, spreadsheets write semicolons.
         delimiter = "\t" if suffix_of(path) == ".tsv" else max(",;", key=header.count)
         lines = csv.reader(itertools.chain([header], file), delimiter=delimiter, strict=True)
-        names = next(lines, [])
-        for record in filter(None, lines):
-            yield f"{path}, line {lines.line_num}", dict(zip(names, record, strict=False))
+        names, record = None, []
+        while record is not None:
+            number = lines.line_num + 1
+            try:
+                record = next(lines, None)
+                names = names or record
+                if record and len(record) != len(names):
+                    raise ValueError(f"{len(record)} fields, but the header has {len(names)}")
+                # Many .tsv files are written without quoting. There a field that begins with a quote takes the next
+                # rows with it: each line of the record is then a whole row.
+                tabs = {line.count("\t") for line in "\t".join(record or ()).split("\n")}
+                if delimiter == "\t" and lines.line_num > number and tabs == {len(names) - 1} != {0}:
+                    raise ValueError(f"a quote opens here and takes whole rows with it, until line {lines.line_num}")
+            except (csv.Error, ValueError) as error:
+                hint = f'write a field with {delimiter!r}, " or a line end in it in quotes, and each " in it as ""'
+                sys.exit(f"error: {path}, line {number} cannot be used ({error}): {hint}")
+            if record and record is not names:
+                yield f"{path}, line {number}", dict(zip(names, record, strict=True))
 
 
-def parquet_rows(path, column, sources):
+def parquet_rows(path, sources):
     with usable(path, "pip install pyarrow"):
         import pyarrow.parquet
     with usable(path, HINT), pyarrow.parquet.ParquetFile(path) as file:
-        columns = [column] if column in file.schema_arrow.names else None
-        batches = file.iter_batches(batch_size=64, columns=columns)
+        batches = file.iter_batches(batch_size=64)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path}, row {number}", row
 
@@ -199,9 +215,9 @@ ROWS = {
 }  # fmt: skip
 
 
-def read_rows(path, column="", sources=None):
-    """Yield (where, row) for each row of a file. column: if a .parquet file has it, no other column is read."""
-    return ROWS[suffix_of(path)](path, column, collections.Counter() if sources is None else sources)
+def read_rows(path, sources=None):
+    """Yield (where, row) for each row of a file."""
+    return ROWS[suffix_of(path)](path, collections.Counter() if sources is None else sources)
 
 
 def read_hub_rows(name, subset, split, hint, streaming=True):
@@ -224,37 +240,71 @@ def read_hub_rows(name, subset, split, hint, streaming=True):
 # ---------------------------------------------------------------------------------------------
 # Files and rows -> documents
 
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: the template's
+ROLES = {  # the template's: its names in datasets, in any case. "tool" is a call of a tool or its result.
+    "system": "system, developer", "user": "user, human", "assistant": "assistant, gpt, model, bot",
+    "tool": "tool, function, observation, ipython, function_call, function_response, tool_call, tool_response",
+}  # fmt: skip
 LISTS = ("messages", "conversations")  # columns that hold a list of messages; the second is ShareGPT's
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # columns; the first are Alpaca's
+SYSTEMS = ("system", "system_prompt")  # columns; the messages' own system message goes before them
+FIELDS = {"role", "content", "from", "value", "weight", "train", "tool_calls", "function_call", "type", "text"}
 
 
 def messages_of(row, config):
     """
-    Return the conversation in a row, a dict, as a list of {"role": str, "content": str}, or None if it holds none.
-    Raise ValueError if it cannot be read. If config.prompt_column is set, only it and config.answer_column count.
+    Return (messages, columns): the conversation in a row, a dict, and the names of the columns that it was read from.
+    A message is {"role": str, "content": str}, with "weight": 0 if it is not to be learned. Without a conversation
+    return (None, ()). Raise ValueError if it cannot be read. With config.prompt_column no other pair or list counts.
     """
-    for column in () if config.prompt_column else LISTS:
-        if row.get(column) is None:
-            continue
-        if not isinstance(row[column], list):
-            raise ValueError(f"column {column} holds {row[column]!r:.40}, not a list of messages")
-        messages = []
-        for number, message in enumerate(row[column], 1):
-            where = f"column {column}, message {number}"
-            pair = message if isinstance(message, dict) else {}
-            names = ("role", "content") if pair.get("role") is not None else ("from", "value")
-            role, content = map(pair.get, names)
-            if not isinstance(role, str):
-                raise ValueError(f"{where} is {message!r:.60}, not a role and a content")
-            messages.append({"role": ROLES.get(role, role), "content": text_of(content, where)})
-        return messages
-    for prompt, answer in [(config.prompt_column, config.answer_column)] if config.prompt_column else PAIRS:
-        if row.get(prompt) is not None and row.get(answer) is not None:
-            question, reply = text_of(row[prompt], prompt), text_of(row[answer], answer)
-            if prompt == "instruction" and (more := text_of(row.get("input"), "input")):
-                question = f"{question}\n\n{more}"
-            return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    known = [(config.prompt_column, config.answer_column)] if config.prompt_column else [*zip(LISTS), *PAIRS]
+    columns = next((names for names in known if row.get(names[0]) is not None and names[-1] in row), ())
+    if not columns:
+        return None, columns
+    messages = read_messages(row[columns[0]], "user" if columns[1:] else None, columns[0])
+    for answer in columns[1:]:  # as in TRL, nothing is learned of a prompt that is a list of messages
+        messages = [one | ({"weight": 0} if one["role"] == "assistant" else {}) for one in messages]
+        messages += read_messages(row[answer], "assistant", answer)
+    if columns[0] == "instruction":
+        columns += ("input", "history")
+        if more := text_of(row.get("input"), "input"):
+            messages[0]["content"] += f"\n\n{more}"
+        history = row.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+            raise ValueError(f"column history holds {history!r:.40}, not a list of questions with their answers")
+        turns = [text for turn in history for text in turn]
+        roles = ("user", "assistant") * len(history)
+        messages[:0] = [{"role": r, "content": text_of(t, "history")} for r, t in zip(roles, turns, strict=True)]
+    for column in SYSTEMS:
+        text = text_of(row.get(column), column)
+        if text.strip() and messages and messages[0]["role"] != "system":
+            messages, columns = [{"role": "system", "content": text}, *messages], (*columns, column)
+    return messages, columns
+
+
+def read_messages(values, role, column):
+    """Return a column as messages: a list of them, or, if a role is given, also a text that this role says."""
+    parts = [part for part in values if isinstance(part, dict)] if isinstance(values, list) else []
+    if role and not any({"role", "from"} & {*part} for part in parts):
+        return [{"role": role, "content": text_of(values, column)}]
+    if not isinstance(values, list):
+        raise ValueError(f"column {column} holds {values!r:.40}, not a list of messages")
+    messages = []
+    for number, value in enumerate(values, 1):
+        where = f"column {column}, message {number}"
+        pair = value if isinstance(value, dict) else {}
+        name, content = map(pair.get, ("role", "content") if pair.get("role") is not None else ("from", "value"))
+        if not isinstance(name, str):
+            raise ValueError(f"{where} is {value!r:.60}, not a role and a content")
+        role = next((role for role, names in ROLES.items() if name.strip().lower() in names.split(", ")), None)
+        if role is None:
+            raise ValueError(f"{where} has the role {name!r:.40}, none of {', '.join(ROLES.values())}")
+        role = "tool" if pair.get("tool_calls") or pair.get("function_call") else role
+        weights = [pair.get(field) for field in ("weight", "train")]
+        if not all(weight in (None, 0, 1) for weight in weights):
+            raise ValueError(f"{where} has a weight or train of {weights!r:.40}, neither 0 nor 1")
+        masked = {"weight": 0} if 0 in weights and role == "assistant" else {}
+        messages.append({"role": role, "content": "" if role == "tool" else text_of(content, where)} | masked)
+    return messages
 
 
 def text_of(content, where):
@@ -277,13 +327,16 @@ def documents(files, config, sources):
         try:
             document = text_document(item, sources) if isinstance(item, Path) else row_document(item, config, sources)
         except ValueError as error:
-            lost = sources["rows_without_column"] = sources.get("rows_without_column", 0) + 1
-            sources.setdefault("first_without_column", f"{where}: {error}")
-            if lost == PATIENCE and kind is None and (files is None or len(files) == 1):
+            sources["rows_left_out"] += 1
+            sources.setdefault("first_row_left_out", f"{where}: {error}")
+            if sources["rows_left_out"] == PATIENCE and kind is None and (files is None or len(files) == 1):
                 break
             continue
         if sources["undecodable_bytes"]:
             sources.setdefault("first_undecodable", str(where))
+        if any(message["role"] == "tool" for message in document.messages or ()):
+            sources["with_tool_calls"] += 1
+            continue
         if not document.chars:
             sources["empty_documents"] += 1
             continue
@@ -292,20 +345,20 @@ def documents(files, config, sources):
             sys.exit(f"error: {where}: is {this}, but {kind} came before it: name a file or a glob of one kind")
         kind = this
         yield document
-    if kind is None and sources.get("rows_without_column"):
-        hint = "name the text's column with --text_column, or a conversation's with --prompt_column, --answer_column"
-        sys.exit(f"error: {sources['first_without_column']}: {hint}")
+    if kind is None and sources["rows_left_out"]:
+        hint = "repair the rows, or name other columns: --text_column, or --prompt_column and --answer_column"
+        sys.exit(f"error: {sources['first_row_left_out']}: {hint}")
 
 
 def files_and_rows(files, config, sources):
     """Yield (path, path) for a file of plain text, and (where, row) for each row of the others."""
-    plain, column = added_suffixes(config.suffixes), "" if config.prompt_column else config.text_column
+    plain = added_suffixes(config.suffixes)
     if files is None:
         hint = "check its page on the Hub, --subset, --split, the connection"
         yield from read_hub_rows(config.dataset, config.subset, config.split, hint)
     for path in files or ():
         rows = suffix_of(path) in ROWS and suffix_of(path) not in plain
-        yield from read_rows(path, column, sources) if rows else [(path, path)]
+        yield from read_rows(path, sources) if rows else [(path, path)]
 
 
 def text_document(path, sources):
@@ -319,25 +372,40 @@ def text_document(path, sources):
 
 
 def row_document(row, config, sources):
-    """Return a row as a Document: text if it has config.text_column, else a conversation. If neither, ValueError."""
-    column = config.text_column
+    """Return a row as a Document: the columns that config names, else a conversation, else the column text."""
+    column = config.text_column or "text"
     row = {column: row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise ValueError(f"is {row!r:.40}, not an object with columns")
-    if column in row and not config.prompt_column:
-        if not isinstance(row[column], str | None):
-            raise ValueError(f"column {column} holds {row[column]!r:.40}, not text")
-        text = without_halves(row[column] or "", sources)
-        return Document(hashlib.sha256(text.encode()).digest(), len(text), lambda: io.StringIO(text, newline=""))
-    if (messages := messages_of(row, config)) is None:
+    named = config.text_column and not config.prompt_column
+    messages, columns = (None, ()) if named else messages_of(row, config)
+    if messages is None and (config.prompt_column or column not in row):
         wanted = " and ".join(filter(None, (config.prompt_column, config.answer_column))) or column
         raise ValueError(f"no column {wanted}, only {', '.join(map(str, row))}")
-    return conversation(messages, sources)
+    counts = sources.setdefault("columns", {"read": collections.Counter(), "not_read": collections.Counter()})
+    for name, value in row.items():
+        read = name in (columns or [column])
+        counts["read" if read else "not_read"].update([name] if value not in (None, "", []) else [])
+        parts = [part for part in value if isinstance(part, dict)] if read and isinstance(value, list) else []
+        fields = {field for part in parts for field in part if part[field] and field not in FIELDS}
+        counts["not_read"].update(f"{name}.{field}" for field in fields)
+    if messages is not None:
+        return conversation(messages, sources)
+    if not isinstance(row[column], str | None):
+        raise ValueError(f"column {column} holds {row[column]!r:.40}, not text")
+    text = without_halves(row[column] or "", sources)
+    return Document(hashlib.sha256(text.encode()).digest(), len(text), lambda: io.StringIO(text, newline=""))
 
 
 def conversation(messages, sources):
-    """Return a list of {"role": str, "content": str} as a Document."""
-    messages = [{name: without_halves(message[name], sources) for name in ("role", "content")} for message in messages]
+    """Return a list of messages, as from messages_of, as a Document. An empty answer is masked, and counted."""
+    messages = [message | {"content": without_halves(message["content"], sources)} for message in messages]
+    for message in messages:
+        if message["role"] == "assistant" and not message["content"].strip():
+            message["weight"] = 0
+            sources["empty_answers"] += 1
+        for name, count in odd_text(message["content"].encode()).items():
+            sources[name] += count
     digest = hashlib.sha256(json.dumps(messages).encode()).digest()
     return Document(digest, sum(len(message["content"]) for message in messages), None, messages)
 
@@ -347,3 +415,9 @@ def without_halves(text, sources):
     text, halves = re.subn("[\ud800-\udfff]", "\ufffd", text)
     sources["undecodable_bytes"] += 6 * halves
     return text
+
+
+def odd_text(content):
+    """Return {kind: count} of the names of special tokens, ordinary text here, and of the bytes that have no token."""
+    counts = {name: content.count(name.encode()) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+    return counts | {"no_token": len(content) - len(content.translate(None, NO_TOKEN))}

@@ -28,7 +28,7 @@ from lib.chat import chat_ids
 from lib.dataset import open_data
 from lib.files import owned_folder, sha256_of
 from lib.text import Document
-from lib.tokenizer import encode, tokenizer_json
+from lib.tokenizer import encode, token_sizes, tokenizer_json
 from prepare_data import PrepareConfig, cut, main
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +256,28 @@ def test_few_documents_that_all_fall_into_one_split(place, val_fraction, capsys)
     assert f"fell into {empty}: the nearest one was put there" in capsys.readouterr().out
 
 
+def test_train_gets_the_larger_part(place, capsys):
+    """A long document may fall into val; together with its copies it goes to train."""
+    exchanged = 0
+    for number in range(12):
+        long = f"{number} words of a long document " * 200
+        write_jsonl([long, "one", "two", "three", long])
+        prepare("--dataset=in.jsonl", f"--val_fraction={(number + 1) / 25}")
+        meta, found = load("data/in")
+        assert meta["train"]["tokens"] > meta["val"]["tokens"] > 0
+        assert not {*map(tuple, found["train"])} & {*map(tuple, found["val"])}
+        said = capsys.readouterr().out
+        exchanged += "the two were exchanged" in said
+        assert f"val is {meta['val']['tokens'] / (meta['train']['tokens'] + meta['val']['tokens']):.1%} of all" in said
+    assert exchanged > 0
+    for number in range(6):  # the masks, too, change places
+        write_chats([say(("user", f"{number} {i}?"), ("assistant", "yes")) for i in range(5)])
+        prepare("--dataset=in.jsonl", "--name=chat", "--block_size=50", "--val_fraction=0.5")
+        meta, _ = load_chats("data/chat", 50)
+        assert meta["train"]["tokens"] > meta["val"]["tokens"]
+    assert "the two were exchanged" in capsys.readouterr().out
+
+
 def test_shakespeare(place, monkeypatch, oracle, capsys):
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 5
     write("server/input.txt", text)
@@ -378,9 +400,10 @@ def load_chats(folder, block_size):
 def test_conversations(place, encoding, capsys):
     chats = CHATS + CHATS[:9]  # some occur twice
     left_out = [say(("user", "Anyone?")), say(("user", "word " * 300), ("assistant", "too late")), say(("user", ""))]
+    left_out += [say(("user", "Hm?"), ("assistant", " ")), say(("user", "Hm?"), ("tool", "call"))]
     prepare(f"--dataset={write_chats(chats + left_out)}", "--block_size=200", "--val_fraction=0.2")
     meta, found = load_chats("data/in", 200)
-    assert meta["block_size"] == 200 and meta["sources"]["documents"] == len(chats) + 2
+    assert meta["block_size"] == 200 and meta["sources"]["documents"] == len(chats) + 3
     said = capsys.readouterr().out
     for split in ("train", "val"):
         mine = [chat_ids(encoding, chat) for chat in chats if in_val(json.dumps(chat), 0.2) == (split == "val")]
@@ -392,9 +415,38 @@ def test_conversations(place, encoding, capsys):
         assert counts["padding"] / counts["tokens"] < 0.2
         row = [f"{counts[key]:,}" for key in ("tokens", "bytes", "documents", "loss_tokens", "padding", "cut")]
         assert [split, *row] in [line.split() for line in said.splitlines()]
-    assert "note: 1 conversations without an assistant's answer were left out\n" in said
+    assert "note: 2 conversations without an assistant's answer to learn were left out\n" in said
+    assert "note: 1 empty answers are not learned\n" in said
+    assert "note: 1 conversations with tool calls were left out\n" in said
     assert "note: 1 conversations with no answer before the row's end were left out: raise --block_size" in said
     assert "note: 1 empty documents were left out" in said and "--block_size=200" in said
+
+
+def test_messages_that_are_not_learned(place, encoding):
+    """Of 80 conversations with two answers, the first of each is not learned; it is part of what the hash covers."""
+    chats = [say(("user", f"{i}?"), ("assistant", "no"), ("user", "?"), ("assistant", f"{i}!")) for i in range(80)]
+    chats = [[one | ({"weight": 0} if one["content"] == "no" else {}) for one in chat] for chat in chats]
+    prepare(f"--dataset={write_chats(chats)}")
+    _, found = load_chats("data/in", 512)
+    assert len(found["val"]) == sum(in_val(json.dumps(chat)) for chat in chats)
+    for ids, mask in found["train"] + found["val"]:
+        learned = encoding.decode([id for id, one in zip(ids, mask, strict=True) if one])
+        assert re.fullmatch(r"\d+!<\|im_end\|>", learned) and encoding.decode(ids).count("no<|im_end|>") == 1
+
+
+def test_a_row_begins_with_any_of_its_conversations(place, encoding):
+    """Not with the longest, as first fit packs them: in the order of their hashes."""
+    chats = [a_conversation(i) for i in range(300)]
+    prepare(f"--dataset={write_chats(chats)}")
+    hashes = {tuple(chat_ids(encoding, chat)[0]): hashlib.sha256(json.dumps(chat).encode()).digest() for chat in chats}
+    ids, rows = np.fromfile("data/in/train.bin", "<u2").reshape(-1, 513), 0
+    for row in ids:
+        starts = [at for at in np.flatnonzero(row == 1) if row[at + 1] == 9690]
+        ends = [*starts[1:], np.flatnonzero(row)[-1] + 1]
+        order = [hashes.get(tuple(row[at:end].tolist()), b"") for at, end in zip(starts, ends, strict=True)]
+        assert order == sorted(order)
+        rows += len(order) > 2
+    assert rows > 20
 
 
 def test_conversations_after_text_and_text_after_conversations(place, oracle):
@@ -450,6 +502,14 @@ ERRORS = {  # name: (function that writes files, flags, exit code, phrases in th
     "folder is a file": (lambda: write("data/a", ""), ["--name=a"], 1, [str(Path("data/a")), "--name or --data_dir"]),
     "one conversation": (lambda: write_chats(CHATS[:1] * 3), ["--dataset=in.jsonl"], 1, ["a single conversation"]),
     "no answers": (lambda: write_chats([say(("user", "x"))] * 3), ["--dataset=in.jsonl"], 1, ["3 conversations with"]),
+    "empty answers": (
+        lambda: write("a.csv", "question,answer\n" + "why?,\n" * 9),
+        ["--dataset=a.csv"], 1, ["a.csv: nothing to learn (", "9 empty answers", "9 conversations without an as"],
+    ),
+    "tool calls": (
+        lambda: write_chats([say(("user", "x"), ("function_call", "y"))] * 3),
+        ["--dataset=in.jsonl"], 1, ["no text in it (", "3 conversations with tool calls were left out"],
+    ),
     "one column": (None, ["--prompt_column=body"], 2, ["--prompt_column and --answer_column"]),
     "hub offline": (None, ["--dataset=org/name"], 1, ["org/name: no such path", "HF_HUB_OFFLINE"]),
 }  # fmt: skip
@@ -478,13 +538,14 @@ def test_brackets_and_a_tilde_in_paths(place, oracle, monkeypatch):
         assert load(f"home/out/n{number}")[1] == expected(STORIES, oracle)
 
 
-def test_the_notes_say_what_happened_to_the_text(place, capsys):
+def test_the_notes_say_what_happened_to_the_text(place, encoding, capsys):
     french = "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, je m’endormais.\n"
     contents = {
         "a.txt": french.encode("cp1252") * 9,
         "b.txt": french.encode("cp1252") * 8,
         "broken.txt": french.encode() * 9 + b"caf\xe9 \xf0\x9f\x98 \xff\xfe end",
-        "d.jsonl": '{"text": "row"}\n{"body": "x"}\n',
+        "d.jsonl": '{"text": "row", "id": 1}\n{"body": "x"}\n',
+        "odd.txt": "a<|endoftext|>\n<|im_start|>user\nHi<|endoftext|>\x04\x06 \U00050000 \U0001d800",
         "empty.py": b"",
         "main.c": b"x",
     }
@@ -495,11 +556,29 @@ def test_the_notes_say_what_happened_to_the_text(place, capsys):
     for line in (
         f"read as cp1252, guessed: {Path('f/a.txt')} and 1 more",
         "left out: 1 .c",
-        f"note: 1 rows without a text were left out: {Path('f/d.jsonl')}, line 2: no column text, only body",
+        "columns: text; not read: id (1 rows)",
+        "note: 2 <|endoftext|> are ordinary text here: make each document a file or a row of .jsonl",
+        "note: 1 <|im_start|> are ordinary text here: write a conversation as messages, in a row of .jsonl",
+        "note: 3 bytes that have no token were left out: rare control characters, or not assigned in Unicode",
+        f"note: 1 rows were left out: {Path('f/d.jsonl')}, line 2: no column text, only body",
         "note: 1 empty documents were left out",
         f"note: 6 bytes that cannot be decoded became U+FFFD, the first in {Path('f/broken.txt')}",
     ):
         assert f"{line}\n" in said
+    meta, found = load("data/f")
+    for split, sizes in found.items():
+        assert meta[split]["bytes"] == token_sizes(encoding, 49_152)[[id for ids in sizes for id in ids]].sum()
+
+
+def test_a_file_name_that_is_not_utf8(place, capsys):
+    name = os.fsdecode(b"caf\xe9.txt")
+    write(f"a/{name}", "".join(STORIES).encode() + b"\xff")
+    prepare(f"--dataset=a/{name}")
+    prepare(f"--dataset=a/{name}")
+    said = capsys.readouterr().out
+    assert "text: a/caf\\udce9.txt\n" in said and "became U+FFFD, the first in a/caf\\udce9.txt\n" in said
+    meta = json.loads(Path("data/caf\ufffd/meta.json").read_text(encoding="ascii"))
+    assert meta["sources"]["what"] == f"a/{name}" and meta["train"]["tokens"] > 1000
 
 
 def test_another_text_of_the_same_name_is_refused(place, capsys):

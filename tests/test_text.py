@@ -1,6 +1,7 @@
 """lib/text.py: every format gives the same documents, odd bytes are counted, errors are one line."""
 
 import bz2
+import collections
 import csv
 import gzip
 import hashlib
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -34,7 +36,7 @@ def place(tmp_path, monkeypatch):
 
 def read(*paths, **settings):
     """(texts or messages, sources) of files, or of the Hub dataset some/stories if no path is given."""
-    sources, items = {"empty_documents": 0, "undecodable_bytes": 0}, []
+    sources, items = collections.defaultdict(int), []
     config = PrepareConfig(dataset="some/stories", **settings)
     for document in documents([Path(path) for path in paths] or None, config, sources):
         if document.messages is None:
@@ -45,7 +47,7 @@ def read(*paths, **settings):
         else:
             assert document.sha256 == hashlib.sha256(json.dumps(document.messages).encode()).digest()
         items.append(document.messages or text)
-    return items, sources
+    return items, {name: count for name, count in sources.items() if count}
 
 
 def write(path, content):
@@ -74,7 +76,8 @@ def test_every_format_gives_the_same_documents(suffix):
         paths = [write_rows(STORY_ROWS, f"in{suffix}")]
     else:
         paths = [write(f"{i}{suffix}", text) for i, text in enumerate(STORIES)]
-    assert read(*paths) == (STORIES, {"empty_documents": 0, "undecodable_bytes": 0})
+    columns = {"read": {"text": 20}, "not_read": {"id": 20}}
+    assert read(*paths) == (STORIES, {"columns": columns} if suffix.lower() in ROWS else {})
 
 
 COMPRESSED = {".txt.gz": gzip, ".txt.bz2": bz2, ".txt.xz": lzma, ".jsonl.gz": gzip, ".json.gz": gzip, ".csv.gz": gzip}
@@ -103,10 +106,11 @@ def test_json_in_many_forms():
 
 
 def test_csv_as_spreadsheets_write_it():
-    rows = 'id;text;n\r\n1;"a ""b""; c\r\nd";2,5\r\n\r\n2;e;3\r\n3\r\n'
+    rows = 'id;text;n\r\n1;"a ""b""; c\r\nd";2,5\r\n\r\n2;e;3\r\n'
     write("a.csv", b"\xef\xbb\xbf" + rows.encode())
-    texts, sources = read("a.csv")
-    assert texts == ['a "b"; c\r\nd', "e"] and sources["rows_without_column"] == 1
+    texts = read("a.csv")[0]
+    assert texts == list(pandas.read_csv("a.csv", sep=";").text) == ['a "b"; c\r\nd', "e"]
+    assert read(write("a.tsv", rows.replace(";", "\t")))[0] == list(pandas.read_csv("a.tsv", sep="\t").text)
     long = "x" * 300_000  # more than the csv module's own limit
     assert read(write("long.csv", f"text\n{long}\n"))[0] == [long]
 
@@ -130,7 +134,7 @@ def test_encodings(encoding, suffix):
     assert texts == ([text * 50] if suffix == ".txt" else [text] * 50)
     name = ENCODINGS[encoding]
     assert sources.pop("encodings", None) == (name and {name: {"files": 1, "first": path}})
-    assert sources == {"empty_documents": 0, "undecodable_bytes": 0}
+    assert not {*sources} - {"columns"}
 
 
 def test_the_first_byte_beyond_ascii_may_come_late():
@@ -169,7 +173,9 @@ def test_odd_rows_in_jsonl_files():
     write("odd.jsonl", b"\xef\xbb\xbf" + "\n".join(lines).encode() + b'\n{"text": "caf\xe9"}')
     texts, sources = read("odd.jsonl")
     assert texts == ["half \ufffd of it", "whole 😀", "\0", "line\u2028separator", "caf\ufffd"]
-    assert sources == {"empty_documents": 2, "undecodable_bytes": 6 + 1, "first_undecodable": "odd.jsonl, line 1"}
+    columns = {"read": {"text": 5}, "not_read": {}}
+    first = {"first_undecodable": "odd.jsonl, line 1", "columns": columns}
+    assert sources == {"empty_documents": 2, "undecodable_bytes": 6 + 1} | first
     messages, sources = read(write("chat.jsonl", r'{"messages": [{"role": "user", "content": "\ud83d"}]}'))
     assert messages == [say(("user", "\ufffd"))] and sources["undecodable_bytes"] == 6
 
@@ -179,12 +185,14 @@ def test_rows_without_the_column_are_counted(monkeypatch):
     rows = [{"body": "x"}, {"body": "x"}, {"text": "a"}, {"text": 3}, {}, [1], {"text": None}]
     write("a.jsonl", "\n".join(map(json.dumps, rows)))
     texts, sources = read("a.jsonl")
-    assert texts == ["a"] and sources["empty_documents"] == 1 and sources["rows_without_column"] == 5
-    assert sources["first_without_column"] == "a.jsonl, line 1: no column text, only body"
+    assert texts == ["a"] and sources["empty_documents"] == 1 and sources["rows_left_out"] == 5
+    assert sources["first_row_left_out"] == "a.jsonl, line 1: no column text, only body"
     write("b.jsonl", '{"body": "x"}\n' * 3 + "not JSON, but this is not reached")
-    assert "line 1: no column text, only body: name the text's column with --text_col" in refusal(read, "b.jsonl")
+    assert "line 1: no column text, only body: repair the rows, or name other columns: --text_col" in refusal(
+        read, "b.jsonl"
+    )
     texts, sources = read(write("package.json", "{}"), write("a.txt", "a"))
-    assert texts == ["a"] and sources["rows_without_column"] == 1
+    assert texts == ["a"] and sources["rows_left_out"] == 1
 
 
 # ---- errors: one line that names the file, the row, the cause and the way out
@@ -192,13 +200,19 @@ def test_rows_without_the_column_are_counted(monkeypatch):
 
 ERRORS = {  # name: (path, content, words in the error line)
     "missing file": ("gone.txt", None, "gone.txt cannot be used (No such file"),
-    "no column": ("d/b.jsonl", '\n\n{"body": "b", "id": 1}\n{"id": 2}', "line 3: no column text, only body, id: name"),
-    "not text": ("a.jsonl", '{"text": 3}', "a.jsonl, line 1: column text holds 3, not text: name the text's column"),
+    "no column": ("d/b.jsonl", '\n\n{"body": "b", "id": 1}\n{"id": 2}', "line 3: no column text, only body, id: rep"),
+    "not text": ("a.jsonl", '{"text": 3}', "a.jsonl, line 1: column text holds 3, not text: repair the rows"),
     "not an object": ("a.jsonl", "[1]", "a.jsonl, line 1: is [1], not an object"),
     "not JSON": ("a.jsonl", '{"text": "a"}\n{"text', "a.jsonl, line 2 cannot be used (Unterminated string"),
     "deep JSON": ("a.jsonl", "[" * 10**5, "a.jsonl, line 1 cannot be used ("),
     "array cut off": ("a.json", '[{"text": "a"}, ', "a.json cannot be used (Expecting value: line 1 column 1"),
-    "open quote": ("a.csv", 'text\n"a\nb\nc\n', "a.csv cannot be used (unexpected end of data)"),
+    "open quote": ("a.csv", 'text\n"a\nb\nc\n', "a.csv, line 2 cannot be used (unexpected end of data)"),
+    "commas": ("a.csv", 'text,n\n"a\nb",1\nc, d,2\n', "a.csv, line 4 cannot be used (3 fields, but the header has 2)"),
+    "few fields": ("a.csv", "n,text\n1\n", "a.csv, line 2 cannot be used (1 fields, but the header has 2): write a"),
+    "quote": ("a.tsv", 'n\tt\n1\tb\n2\t"c\n3\td\n4\te"\n', "a.tsv, line 3 cannot be used (a quote opens here and t"),
+    "role": ("a.jsonl", '{"messages": [{"role": "he", "content": ""}]}', "message 1 has the role 'he', none of sys"),
+    "weight": ("a.jsonl", '{"messages": [{"role": "user", "weight": 2}]}', "message 1 has a weight or train of [2"),
+    "history": ("a.jsonl", '{"instruction": "a", "output": "b", "history": ["c"]}', "column history holds ['c'], n"),
     "no csv column": ("a.csv", "body\nb\n", "a.csv, line 2: no column text, only body"),
     "no list": ("a.jsonl", '{"messages": "text"}', "line 1: column messages holds 'text', not a list"),
     "no role": ("a.jsonl", '{"messages": ["text"]}', "column messages, message 1 is 'text', not a role and a content"),
@@ -233,7 +247,10 @@ def test_hub_datasets_are_streamed_by_the_datasets_library(place, monkeypatch):
     assert "Hub dataset some/stories, split no_such cannot be used" in refusal(lambda: read(split="no_such"))
     assert "--subset" in refusal(lambda: read(subset="no_such"))
     line = refusal(lambda: read(text_column="body"))
-    assert "some/stories, row 1: no column body, only id, text: name the text's column with --text_column" in line
+    assert (
+        "some/stories, row 1: no column body, only id, text: repair the rows, or name other columns: --text_column"
+        in line
+    )
     write_rows(STORY_ROWS, "in.parquet")
     for library, paths in (("datasets", []), ("pyarrow.parquet", ["in.parquet"])):
         monkeypatch.setitem(sys.modules, library, None)
@@ -249,19 +266,38 @@ def say(*turns):
 ONE = say(("user", "1 + 1?"), ("assistant", "2"))
 SHAREGPT = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
 PARTS = [{"type": "text", "text": "1 +"}, {"type": "text", "text": " 1?", "image": None}]
-TOOLS = say(("assistant", ""), ("tool", "b"), ("system", "c"))
+CALL = say(("user", "1 + 1?")) + [{"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}]
+SYSTEM = say(("system", "Be brief."))
+FIRST = [ONE[0], ONE[1] | {"weight": 0}, *say(("user", "2 + 2?"), ("assistant", "4"))]
+ALPACA = {"instruction": "2 + 2?", "output": "4"}
 CHATS = {  # name: (row, messages)
     "messages": ({"messages": ONE, "prompt": "other", "completion": "other"}, ONE),
     "sharegpt": ({"conversations": SHAREGPT}, ONE),
-    "sharegpt with other roles": ({"conversations": [{"from": "tool", "value": "b"}]}, TOOLS[1:2]),
     "roles under conversations": ({"conversations": ONE}, ONE),
+    "sharegpt's roles under messages": ({"messages": say(("human", "1 + 1?"), ("gpt", "2"))}, ONE),
+    "other roles": ({"messages": say(("User", "1 + 1?"), ("Model", "2"))}, ONE),
+    "developer": ({"messages": say(("developer", "Be brief."), ("HUMAN", "1 + 1?"), ("bot", "2"))}, SYSTEM + ONE),
     "alpaca": ({"instruction": "1 + 1?", "input": "", "output": "2"}, ONE),
     "alpaca's input": ({"instruction": "1", "input": "+ 1?", "output": "2"}, [say(("user", "1\n\n+ 1?"))[0], ONE[1]]),
+    "alpaca's history": (ALPACA | {"history": [["1 + 1?", "2"]]}, [*ONE, *FIRST[2:]]),
     "no input": ({"instruction": "1 + 1?", "output": "2"}, ONE),
+    "alpaca and its text": ({"instruction": "1 + 1?", "input": None, "output": "2", "text": "Below is 1 + 1?"}, ONE),
     "prompt": ({"prompt": "1 + 1?", "completion": "2", "id": 7}, ONE),
+    "prompt of messages": ({"prompt": ONE[:1], "completion": ONE[1:]}, ONE),
+    "prompt with an answer": ({"prompt": [*ONE, FIRST[2]], "completion": FIRST[3:]}, FIRST),
     "question": ({"messages": None, "prompt": None, "completion": None, "question": "1 + 1?", "answer": "2"}, ONE),
     "parts": ({"messages": say(("user", PARTS), ("assistant", ["2"]))}, ONE),
-    "null, any role, any order": ({"messages": [{"role": "assistant", "content": None}, *TOOLS[1:]]}, TOOLS),
+    "system": ({"messages": ONE, "system": "Be brief."}, SYSTEM + ONE),
+    "system_prompt": ({"conversations": SHAREGPT, "system_prompt": "Be brief."}, SYSTEM + ONE),
+    "alpaca's system": ({"instruction": "1 + 1?", "output": "2", "system": "Be brief."}, SYSTEM + ONE),
+    "no system": ({"messages": ONE, "system": "", "system_prompt": None}, ONE),
+    "two systems": ({"messages": SYSTEM + ONE, "system": "Be long."}, SYSTEM + ONE),
+    "weight 0": ({"messages": [ONE[0], ONE[1] | {"weight": 0}, FIRST[2], FIRST[3] | {"weight": 1}]}, FIRST),
+    "not trained": ({"conversations": [SHAREGPT[0], SHAREGPT[1] | {"train": False}, *FIRST[2:]]}, FIRST),
+    "a call": ({"messages": CALL}, say(("user", "1 + 1?"), ("tool", ""))),
+    "sharegpt's call": ({"conversations": [{"from": "function_call", "value": {"a": 1}}]}, say(("tool", ""))),
+    "a result": ({"messages": [{"role": "Observation", "content": "2"}]}, say(("tool", ""))),
+    "null": ({"messages": [{"role": "assistant", "content": None}]}, say(("assistant", ""))),
     "none": ({"body": "x", "prompt": "without a completion"}, None),
     "no messages": ({"messages": []}, []),
 }  # fmt: skip
@@ -270,7 +306,21 @@ CHATS = {  # name: (row, messages)
 @pytest.mark.parametrize("name", CHATS)
 def test_columns_decide(name):
     row, messages = CHATS[name]
-    assert messages_of(row, PrepareConfig()) == messages
+    assert messages_of(row, PrepareConfig())[0] == messages
+
+
+def test_what_is_not_read_is_counted():
+    asked = {"role": "user", "content": "1 + 1?", "name": "Ann"}
+    rows = [
+        {"messages": [asked, ONE[1]], "system": "a", "id": 1},
+        {"messages": SYSTEM + ONE, "system": "b", "id": None},
+    ]
+    columns = {"read": {"messages": 2, "system": 1}, "not_read": {"id": 1, "system": 1, "messages.name": 1}}
+    assert read(write_rows(rows, "in.jsonl"))[1] == {"columns": columns}
+    rows = [{"messages": CALL}] * 2 + [{"question": "1 + 1?", "answer": "2"}, {"question": "1?", "answer": None}]
+    found, sources = read(write_rows(rows, "in.jsonl"))
+    assert found == [ONE, [say(("user", "1?"))[0], {"role": "assistant", "content": "", "weight": 0}]]
+    assert sources["with_tool_calls"] == 2 and sources["empty_answers"] == 1
 
 
 @pytest.mark.parametrize("path", ["in.jsonl", "in.json", "in.parquet"])
@@ -279,12 +329,12 @@ def test_conversations_of_every_format(path):
         assert read(write_rows([CHATS[name][0]] * 9, path))[0] == [ONE] * 9
 
 
-def test_text_comes_before_a_conversation_and_named_columns_before_both():
+def test_a_conversation_comes_before_text_and_named_columns_before_both():
     rows = [{"text": "t", "question": "1 + 1?", "answer": "2", "prompt": "a", "completion": "b"}] * 9
     for path in ("in.jsonl", "in.parquet"):
         write_rows(rows, path)
-        assert read(path)[0] == ["t"] * 9
-        assert read(path, text_column="")[0] == [say(("user", "a"), ("assistant", "b"))] * 9
+        assert read(path, text_column="text")[0] == ["t"] * 9
+        assert read(path)[0] == [say(("user", "a"), ("assistant", "b"))] * 9
         assert read(path, prompt_column="question", answer_column="answer")[0] == [ONE] * 9
     line = refusal(lambda: read("in.jsonl", prompt_column="q", answer_column="a"))
     assert "in.jsonl, line 1: no column q and a, only text, question, answer, prompt, completion" in line
