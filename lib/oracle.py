@@ -1,8 +1,8 @@
 """
-Compare model.py with an independent implementation, and with models that are wrong in one respect.
+Build models to compare model.py with: an independent implementation, and variants with one deliberate fault.
 
     oracle = build_oracle(config, tensors)                               # the same model in transformers
-    wrong = build_variant(config, tensors, rope_layout="interleaved")    # model.py with another RoPE
+    wrong = build_variant(config, tensors, rope_layout="interleaved")    # model.py with a different RoPE
 """
 
 import sys
@@ -18,9 +18,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 def build_oracle(config, tensors=None, **settings):
     """
     Build transformers' LlamaForCausalLM for a ModelConfig: on the CPU, in fp32, with plain ("eager") attention.
-
-    tensors   {name: tensor} under the release's names; random weights by default
-    settings  of transformers' LlamaConfig, in place of these
+    tensors: {name: tensor}, named as in the release (default: random weights). settings: override the LlamaConfig's.
     """
     try:
         import transformers
@@ -40,8 +38,8 @@ def build_variant(
     norm_order="as named",
 ):  # fmt: skip
     """
-    Build model.py's model with details changed that the shapes of the tensors do not show. Reordering rows, heads or
-    matrices in the tensors is exactly the same as reordering them in the computation.
+    Build model.py's model with changes that tensor shapes do not show. Reordering rows, heads or matrices in the
+    tensors is equivalent to reordering them in the computation.
 
     rope_layout  half-split: RoPE rotates the pairs (i, i + D/2); interleaved: (2i, 2i + 1)
     kv_grouping  repeated: query head h uses KV head h // (H/K); tiled: h % K

@@ -1,5 +1,5 @@
 """
-Pictures that read on a light page and on a dark one: no background, and grey text.
+Draw pictures that are legible on a light page and on a dark one: no background, and grey text.
 
     figure, axes = new_picture()
     axes.plot(...)
@@ -11,14 +11,14 @@ from pathlib import Path
 from lib.files import written_whole
 
 GREY = "#808080"  # equally far from white and from black
-BLUE, ORANGE = "#3b82f6", "#f97316"
+BLUE, ORANGE, PURPLE = "#3b82f6", "#f97316", "#a855f7"
 
 
 def new_picture(panels=1, **grid):
     """Return matplotlib's (figure, axes): 8 x 4.5 inches, or 12 x 4.5 with two axes. grid: how they share the width."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws into a file, without a screen
+    matplotlib.use("Agg")  # draws to a file and needs no screen
     import matplotlib.pyplot as plt
 
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
@@ -28,7 +28,7 @@ def new_picture(panels=1, **grid):
 
 
 def save_picture(figure, path):
-    """Write a PNG of 120 pixels per inch, and its folder if there is none. Raises OSError where that fails."""
+    """Write a PNG of 120 pixels per inch, and create its folder if needed. Raises OSError if it cannot be written."""
     import matplotlib.pyplot as plt
 
     try:

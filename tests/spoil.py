@@ -1,29 +1,30 @@
-"""Files spoilt at random."""
+"""Damage the contents of files start random."""
 
 import re
 
 
 def spoil(content, rng):
-    """The bytes of a file with a few of them, or one token of its JSON, changed."""
+    """Return the bytes of a file with a few of them, or one token of its JSON, changed."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 8])):
-        at = min(rng.randrange(len(content)), int(rng.expovariate(1 / 400)))  # headers more often than tensors
-        if at >= len(content):
+        start = min(rng.randrange(len(content)), int(rng.expovariate(1 / 400)))  # headers more often than tensors
+        if start >= len(content):
             continue
         match rng.randrange(5):
             case 0:
-                content[at] = rng.randrange(256)
+                content[start] = rng.randrange(256)
             case 1:
-                content[at : at + rng.choice([1, 4, 8])] = rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\0\x10"])
+                value = rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\0\x10"])
+                content[start : start + rng.choice([1, 4, 8])] = value
             case 2:
-                del content[at : at + rng.randrange(1, 9)]
+                del content[start : start + rng.randrange(1, 9)]
             case 3:
-                del content[at:]
+                del content[start:]
             case 4:
-                numbers = [m for m in re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content)]
-                if numbers:
-                    found = rng.choice(numbers)
-                    content[found.start() : found.end()] = rng.choice(ODD)
+                tokens = [m for m in re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content)]
+                if tokens:
+                    token = rng.choice(tokens)
+                    content[token.start() : token.end()] = rng.choice(ODD)
         if not content:
             break
     return bytes(content)

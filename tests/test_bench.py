@@ -1,4 +1,4 @@
-"""bench.py: its table, its JSON, and that its competitors are the same network. Not its timings."""
+"""bench.py: its table, its JSON, its picture, and that its competitors are the same model. Not its timings."""
 
 import inspect
 import json
@@ -13,67 +13,83 @@ from bench import BenchConfig, SpeedTable
 
 def test_ratios_are_of_medians(capsys):
     table = SpeedTable()
-    table.row("x", "s", "seconds", dict(ours=dict(seconds=[1, 9, 2]), peer=dict(seconds=[4]), limit=dict(seconds=[1])))
-    spread = dict(ours=[1, 9], peer=[4, 4], limit=[1, 1])
-    assert table.rows["x"] == dict(unit="s", ours=2, peer=4, limit=1, ratio=0.5, share=2.0, spread=spread)
+    seconds = dict(this=[1, 9, 2], transformers=[4], limit=[1])
+    table.add("x", "s", "seconds", {name: dict(seconds=values) for name, values in seconds.items()})
+    ranges = dict(this=[1, 9], transformers=[4, 4], limit=[1, 1])
+    medians, ratios = dict(this=2, transformers=4, limit=1), dict(transformers=0.5, limit=2.0)
+    assert table.rows["x"] == dict(unit="s", medians=medians, ratios=ratios, ranges=ranges)
     assert capsys.readouterr().out.splitlines()[-1].split() == "x 2.00 4.00 - - 1.00 s 0.50 - - 2.00 1 to 9".split()
 
 
-def test_bars_are_shares_of_the_limit(monkeypatch):
-    rows = dict(
-        train=dict(unit="tok/s", ours=60.0, peer=20.0, peer_tuned=40.0, limit=80.0),
-        memory=dict(unit="GB", ours=1.0, peer=2.0),
-        decode=dict(unit="tok/s", ours=30.0, peer=10.0, llama_cpp=44.0, limit=40.0),
-    )
+def test_bars_are_shares_of_the_limit(monkeypatch, capsys):
+    """Two rows of each kind are drawn, the fastest competitor on top, with its speed next to the bar."""
+    table = SpeedTable()
+    for name, unit, speeds in (
+        ("train, 4 x 256 tokens", "tok/s", dict(this=60.0, transformers=20.0, tuned=40.0, limit=80.0)),
+        ("memory, 4 x 256 tokens", "GB", dict(this=1.0, transformers=2.0)),
+        ("decode, batch 1", "tok/s", dict(this=30.0, transformers=10.0, llama_cpp=44.0, limit=40.0)),
+        ("decode, batch 8", "tok/s", dict(this=90.0, transformers=30.0, limit=100.0)),
+        ("decode, batch 1, fp32", "tok/s", dict(this=20.0, transformers=10.0, limit=40.0)),
+    ):
+        table.add(name, unit, "figure", {competitor: dict(figure=[speed]) for competitor, speed in speeds.items()})
     saved = []
     monkeypatch.setattr(bench, "save_picture", lambda figure, path: saved.append(figure))
-    bench.draw(rows, "out/bench.png")
+    bench.draw(table.rows, "this machine, 2026-11-28", "out/bench.png")
     axes = saved[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["train", "decode"]
-    bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
-    assert bars == {
-        "transformers": [0.25, 0.25], "transformers, tuned": [0.5], "llama.cpp": [1.1], "this project": [0.75, 0.75]
-    }  # fmt: skip
+    assert axes.get_title() == "this machine, 2026-11-28" and axes.get_xlabel().startswith(
+        "share of the machine's limit"
+    )
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["train, 4 x 256 tokens", "decode, batch 1", "decode, batch 8"]
+    bars = [(bars.get_label(), bars[0].get_width()) for bars in axes.containers]
+    assert bars == [
+        ("this project", 0.75), ("transformers, tuned", 0.5), ("transformers", 0.25),
+        ("llama.cpp", 1.1), ("this project", 0.75), ("transformers", 0.25),
+        ("this project", 0.9), ("transformers", 0.3),
+    ]  # fmt: skip
+    assert axes.containers[3][0].get_y() < axes.containers[4][0].get_y()  # the axis points down
+    assert [text.get_text() for text in axes.texts][:4:3] == ["60 tok/s, 3.0 x transformers", "44 tok/s"]
 
 
 def test_every_row_with_a_gpu(capsys, monkeypatch):
-    """An H100 at 388,061 tokens per second: 40 % of its peak, at T = 2,048. The last line is JSON."""
+    """Pretend to be an H100 at 388,061 tokens per second, 40 % of its peak at T = 2,048. The last line is JSON."""
     measured = []
 
-    def in_turn(repeats, **competitors):
+    def take_turns(repeats, **competitors):
         measured.extend(competitors.values())
         speed, both = dict(tok_per_s=[388_061]), dict(tok_per_s=[388_061], memory=[9.0])
-        return {who: dict(speed if who == "limit" else both) for who in competitors}
+        return {name: dict(speed if name == "limit" else both) for name in competitors}
 
-    monkeypatch.setattr(bench, "in_turn", in_turn)
+    monkeypatch.setattr(bench, "take_turns", take_turns)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     bench.main(configure(BenchConfig, []))
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(found) == {"cpu", "threads", "dtype", "rows"}
-    shapes = ("b4_t256", "b8_t256", "b1_t2048", "b3_t128")
-    names = {f"{kind}_{shape}" for kind in ("train", "memory") for shape in shapes}
-    names |= {f"gpu_{kind}_{shape}" for kind in ("train", "memory", "mfu") for shape in ("b16_t1024", "b8_t2048")}
-    names |= {"decode_b1", "decode_b8", "decode_b1_t1024", "gpu_decode_b1", "gpu_decode_b64"}
-    assert set(found["rows"]) - {"decode_b1_fp32"} == names
-    assert found["rows"]["gpu_mfu_b8_t2048"]["ours"] == pytest.approx(40.0, abs=1e-3)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(printed) == {"cpu", "threads", "dtype", "rows"}
+    shapes = ("4 x 256", "8 x 256", "1 x 2,048", "3 x 128")
+    names = {f"{kind}, {shape} tokens" for kind in ("train", "memory") for shape in shapes}
+    shapes = ("16 x 1,024", "8 x 2,048")
+    names |= {f"GPU {kind}, {shape} tokens" for kind in ("train", "memory", "MFU") for shape in shapes}
+    names |= {"decode, batch 1", "decode, batch 8", "decode, batch 1, prompt 1,024"}
+    names |= {"GPU decode, batch 1", "GPU decode, batch 64"}
+    assert set(printed["rows"]) - {"decode, batch 1, fp32"} == names
+    assert printed["rows"]["GPU MFU, 8 x 2,048 tokens"]["medians"]["this"] == pytest.approx(40.0, abs=1e-3)
     for function, *arguments in measured:
         inspect.signature(function).bind(*arguments)
 
 
-def test_ours_and_the_peer_are_the_same_network():
-    ours, peer = bench.ours(), bench.peer()
-    assert ours.training and peer.training
-    shapes = {name: p.shape for name, p in peer.named_parameters()}
-    for network in (ours, bench.shapes_alone()):
-        assert {name: p.shape for name, p in network.named_parameters()} == shapes
-    peer.load_state_dict(ours.state_dict(), strict=False)
+def test_competitors_are_the_same_model():
+    model, oracle = bench.build_model("this"), bench.build_model("transformers")
+    assert model.training and oracle.training
+    shapes = {name: p.shape for name, p in oracle.named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    oracle.load_state_dict(model.state_dict(), strict=False)
     ids = torch.arange(40)[None]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        assert torch.allclose(ours(ids), peer(input_ids=ids).logits, atol=1e-3)
+        assert torch.allclose(model(ids), oracle(input_ids=ids).logits, atol=1e-3)
 
 
-def test_a_row_that_is_not_there(capsys):
+def test_an_unknown_row(capsys):
     with pytest.raises(SystemExit) as stop:
         configure(BenchConfig, ["--rows=train,speed"])
-    assert stop.value.code == 2 and "there is no speed; name some of train,decode" in capsys.readouterr().err
+    assert stop.value.code == 2 and "unknown row speed; choose from train,decode" in capsys.readouterr().err

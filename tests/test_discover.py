@@ -1,6 +1,6 @@
 """
-discover.py: each rival is the network it is named after (transformers is the oracle), the search finds the true
-network, and the real weights give the real architecture. Runs with the real weights read only a few tokens.
+discover.py: each rival is the model it is named after (transformers is the oracle), the search finds the true model,
+and the real weights give the real architecture. Runs with the real weights read only a few tokens.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ SHAPES_135M = discover.read_shapes(expected_shapes(PRESETS["135M"]), "135M")
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Run discover.py with these settings: (exit code, what it printed)."""
+    """Run discover.py with these settings and return (exit code, printed text)."""
 
     def run(**settings):
-        monkeypatch.setattr(discover, "TOKENS", settings.get("context", 2_048))
+        monkeypatch.setattr(discover, "FULL_TOKENS", settings.get("context", 2_048))
         with pytest.raises(SystemExit) as stop:
             discover.main(DiscoverConfig(**{"out_dir": str(tmp_path / "out")} | settings))
         code, printed = stop.value.code, capsys.readouterr()
@@ -44,13 +44,13 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 def table(out):
-    """The closing table: {parameter: its cells, without the evidence}."""
+    """Parse the closing table: {parameter: its cells, without the evidence}."""
     lines = out[out.index("parameter   ") :].split("\n\n")[0].splitlines()[1:]
     return {line[:24].strip(): [line[24:35].strip(), *line[35:77].split()] for line in lines}
 
 
 def rivals(out):
-    """The rows of part 2: {(question, rival): (tokens, difference, ratio, verdict)}."""
+    """Parse the rows of part 2: {(question, rival): (tokens, difference, ratio, verdict)}."""
     rows, question = {}, ""
     for line in out[out.index("question   ") :].split("\n\n")[0].splitlines()[1:]:
         if match := re.match(r"(\w*) +(\S+) +([\d,]+) +[\d.]+ +(\S+) +\S+ +([\d.]+)  (\w.*)$", line):
@@ -78,20 +78,20 @@ def gated_by_up(self, x):
     {"rms_norm_eps": 0.1},
     {"rope_layout": "interleaved", "kv_grouping": "tiled", "norm_order": "swapped", "gate": "up_proj"},
 ])  # fmt: skip
-def test_rival_is_that_network_in_transformers(rival):
+def test_rival_is_that_model_in_transformers(rival):
     hypothesis = Hypothesis(head_dim=16)._replace(**rival)
     D = hypothesis.head_dim
-    theirs = llama(
+    oracle = llama(
         hidden_size=96, num_attention_heads=192 // D, num_key_value_heads=64 // D, head_dim=D,
         hidden_act=hypothesis.hidden_act, rms_norm_eps=hypothesis.rms_norm_eps, attn_implementation="eager",
         rope_parameters={"rope_type": "default", "rope_theta": hypothesis.rope_theta},
     )  # fmt: skip
-    tensors = {name: w.detach().clone() for name, w in theirs.model.state_dict(prefix="model.").items()}
+    tensors = {name: w.detach().clone() for name, w in oracle.model.state_dict(prefix="model.").items()}
     ids = torch.randint(96, (65,), generator=torch.Generator().manual_seed(0))
 
     with torch.no_grad():
         if hypothesis.norm_order == "swapped":
-            for layer in theirs.model.layers:
+            for layer in oracle.model.layers:
                 first, second = layer.input_layernorm, layer.post_attention_layernorm
                 layer.input_layernorm, layer.post_attention_layernorm = second, first
         rotate = modeling_llama.apply_rotary_pos_emb
@@ -104,21 +104,21 @@ def test_rival_is_that_network_in_transformers(rival):
             patch.object(modeling_llama, "repeat_kv", repeat),
             patch.object(modeling_llama.LlamaMLP, "forward", forward),
         ):
-            expected = F.cross_entropy(theirs(ids[None, :-1]).logits[0], ids[1:], reduction="none")
-            given_less = F.cross_entropy(theirs(ids[None, 8:-1]).logits[0], ids[9:], reduction="none")
+            expected = F.cross_entropy(oracle(ids[None, :-1]).logits[0], ids[1:], reduction="none")
+            given_less = F.cross_entropy(oracle(ids[None, 8:-1]).logits[0], ids[9:], reduction="none")
         shapes = discover.read_shapes({name: tuple(w.shape) for name, w in tensors.items()}, "folder")
         reader = Reader(shapes, tensors, ids)
-        nll, plain = reader.nll(hypothesis, 64), reader.nll(Hypothesis(head_dim=16), 64)
+        nll, plain = reader.measure(hypothesis, 64), reader.measure(Hypothesis(head_dim=16), 64)
         assert (reader.read(hypothesis, 8, 64) - given_less).abs().max() < 1e-4
     assert (nll - expected).abs().max() < 1e-4
-    assert (plain - expected).abs().max() > 0.01 or not rival  # it is another network
+    assert (plain - expected).abs().max() > 0.01 or not rival  # it is a different model
 
 
 # ---------------------------------------------------------------------------------------------
 # The statistics and the search
 
 
-def test_neighbouring_tokens_do_not_count_as_independent():
+def test_neighboring_tokens_do_not_count_as_independent():
     torch.manual_seed(0)
     independent = torch.randn(100_000)
     in_runs = torch.randn(12_500).repeat_interleave(8)  # eight equal values in a row count as one
@@ -129,10 +129,11 @@ def test_neighbouring_tokens_do_not_count_as_independent():
 
 
 def test_a_rival_is_ruled_out_by_two_standard_errors_and_the_floor():
-    assert discover.Difference(0.02, 0.009, 1).worse
-    assert not discover.Difference(0.02, 0.011, 1).worse  # within two standard errors
-    assert not discover.Difference(0.0009, 0.0001, 1).worse  # below the floor: bfloat16 moves the mean by as much
-    assert discover.Difference(-0.02, 0.009, 1).better and not discover.Difference(-0.0009, 0.0001, 1).better
+    assert discover.Difference(0.02, 0.009).verdict == "ruled out"
+    assert discover.Difference(0.02, 0.011).verdict == "inconclusive"  # within two standard errors
+    assert discover.Difference(0.0009, 0.0001).verdict == "inconclusive"  # bfloat16 can cause this
+    assert discover.Difference(-0.02, 0.009).verdict == "better"
+    assert discover.Difference(-0.0009, 0.0001).verdict == "inconclusive"
 
 
 class FakeReader:
@@ -140,16 +141,18 @@ class FakeReader:
 
     def __init__(self, truth, costs=(), ends=10**9):
         self.truth, self.costs, self.ends = truth, dict(costs), ends
-        self.known = {}
+        self.measured = {}
 
-    def nll(self, hypothesis, n):
-        self.known[hypothesis] = self.read(hypothesis, 0, max(n, len(self.known.get(hypothesis, ()))))
-        return self.known[hypothesis][:n]
+    def measure(self, hypothesis, n):
+        self.measured[hypothesis] = self.read(hypothesis, 0, max(n, len(self.measured.get(hypothesis, ()))))
+        return self.measured[hypothesis][:n]
 
     def read(self, hypothesis, start, stop):
-        shared, own = (torch.Generator().manual_seed(zlib.crc32(repr(key).encode())) for key in ((), tuple(hypothesis)))
+        shared, other = (
+            torch.Generator().manual_seed(zlib.crc32(repr(key).encode())) for key in ((), tuple(hypothesis))
+        )
         text = torch.randn(20_000, generator=shared)[start:stop] + 3.0  # the same for all
-        noise = torch.randn(stop - start, generator=own)
+        noise = torch.randn(stop - start, generator=other)
         wrong = [name for name in Hypothesis._fields if getattr(hypothesis, name) != getattr(self.truth, name)]
         beyond = torch.arange(stop - start) >= self.ends
         return text + 0.05 * noise + sum(self.costs.get(name, 0.5) for name in wrong) + 2.0 * beyond
@@ -173,38 +176,41 @@ RIVALS = {
     Hypothesis("interleaved", 32, "tiled", "up_proj", "relu", "swapped", 1e6, 1e-3),
 ])  # fmt: skip
 def test_search_finds_the_truth(truth):
-    found, differences = discover.search(FakeReader(truth), Hypothesis(), RIVALS, 1_024, 2_048)
-    assert found == truth
-    for question, values in RIVALS.items():  # every rival was compared with the hypothesis found, and is ruled out
+    hypothesis, differences = discover.search(FakeReader(truth), Hypothesis(), RIVALS, 1_024, 2_048)
+    assert hypothesis == truth
+    for question, values in RIVALS.items():  # every rival was compared with the true one, and is ruled out
         assert set(differences[question]) == set(values) - {getattr(truth, question)}
-        assert all(difference.worse and 0.4 < difference.mean < 0.6 for difference in differences[question].values())
+        assert all(
+            difference.verdict == "ruled out" and 0.4 < difference.mean < 0.6
+            for difference in differences[question].values()
+        )
 
 
-def test_search_reports_what_it_cannot_tell_apart():
+def test_search_reports_the_values_it_cannot_distinguish():
     reader = FakeReader(Hypothesis(), {"rms_norm_eps": 0.0, "rope_theta": 0.003})
-    found, differences = discover.search(reader, Hypothesis(), RIVALS, 1_024, 16_384)
-    assert found == Hypothesis()
-    assert not any(difference.worse for difference in differences["rms_norm_eps"].values())
-    thetas = differences["rope_theta"].values()
-    assert all(d.worse for d in thetas) and max(d.tokens for d in thetas) == 16_384  # it reads further for these
+    hypothesis, differences = discover.search(reader, Hypothesis(), RIVALS, 1_024, 16_384)
+    assert hypothesis == Hypothesis()
+    assert not any(difference.verdict == "ruled out" for difference in differences["rms_norm_eps"].values())
+    assert all(difference.verdict == "ruled out" for difference in differences["rope_theta"].values())
+    assert max(len(nll) for rival, nll in reader.measured.items() if rival.rope_theta != 1e5) == 16_384  # reads further
     sources = {"GGUF header": None, "config.json": {name: None for name in Hypothesis._fields} | {"rms_norm_eps": 1e-6}}
-    finding = discover.from_behaviour(SHAPES_135M, found, differences, sources)["rms_norm_eps"]
+    finding = discover.conclude_from_behavior(SHAPES_135M, hypothesis, differences, sources)["rms_norm_eps"]
     assert (finding.value, finding.decided_by) == (1e-6, "config.json")
     assert sorted(finding.remaining) == [1e-6, 1e-5, 1e-3]
 
 
 @pytest.mark.parametrize("ends, expected", [(10**9, (4_096, None)), (2_816, (2_560, 3_072)), (2_048, (2_048, 2_560))])
-def test_reading_on_stops_where_it_breaks(ends, expected):
-    assert discover.read_onward(FakeReader(Hypothesis(), ends=ends), Hypothesis(), 1_024, 4_096) == expected
+def test_reach_ends_when_reading_breaks_down(ends, expected):
+    assert discover.find_reach(FakeReader(Hypothesis(), ends=ends), Hypothesis(), 1_024, 4_096) == expected
 
 
 @pytest.mark.parametrize("reach, limit, fit, unfit", [
     (4_096, None, [4_096, 8_192, 131_072], [1_024, 2_048]),
     (10_240, 11_264, [8_192], [2_048, 4_096, 16_384]),
 ])  # fmt: skip
-def test_contexts_that_reading_on_leaves(reach, limit, fit, unfit):
+def test_contexts_that_the_reach_leaves(reach, limit, fit, unfit):
     for claim in fit + unfit:
-        finding = discover.from_reading_on(reach, limit, {"config.json": {"max_position_embeddings": claim}})
+        finding = discover.conclude_context(reach, limit, {"config.json": {"max_position_embeddings": claim}})
         assert finding.value == (claim if claim in fit else reach)
         assert (claim in finding.remaining) == (claim in fit)
 
@@ -212,9 +218,10 @@ def test_contexts_that_reading_on_leaves(reach, limit, fit, unfit):
 def test_picture(tmp_path):
     reader = FakeReader(Hypothesis())
     for theta in (1e3, 1e4, 5e4, 1e5, 1e6):
-        reader.nll(Hypothesis(rope_theta=theta), 1_024)
+        reader.measure(Hypothesis(rope_theta=theta), 1_024)
     sources = {"config.json": {"rope_theta": 1e5}, "training YAML": {"rope_theta": 1e4}, "GGUF header": None}
-    discover.draw(reader, Hypothesis(), sources, 1_024, 2_048, tmp_path / "new" / "discover.png")
+    differences = {"rope_theta": {rival.rope_theta: discover.Difference(1.0, 0.1) for rival in reader.measured}}
+    discover.draw(reader, Hypothesis(), differences, sources, 1_024, 2_048, tmp_path / "new" / "discover.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["discover.png"]
     assert (tmp_path / "new" / "discover.png").read_bytes().startswith(b"\x89PNG")
 
@@ -231,18 +238,18 @@ def stand_in(path, heads, kv_heads, head_dim, mlp, **changes):
 @pytest.mark.parametrize("shape, vocab_size", [
     ((15, 5, 8, 320), 96), ((32, 32, 4, 512), 96), ((9, 3, 16, 384), 49_152),  # 360M, 1.7B; 135M with all its tokens
 ])  # fmt: skip
-def test_stand_in_of_the_family_gives_its_own_shape(tmp_path, run, shape, vocab_size):
+def test_every_size_of_the_family_gives_its_shape(tmp_path, run, shape, vocab_size):
     path = stand_in(tmp_path / "folder", *shape, vocab_size=vocab_size)
     code, out = run(init_from=str(path), context=512)
     heads, kv_heads, head_dim, mlp = shape
-    found = table(out)
+    cells = table(out)
     expected = dict(
         vocab_size=vocab_size, hidden_size=heads * head_dim, num_hidden_layers=2, intermediate_size=mlp,
         head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads,
     )  # fmt: skip
-    assert {key: int(found[key][0].replace(",", "")) for key in expected} == expected
-    assert found["rope_theta"] == ["20,000", "20,000", "-", "-"]  # it cannot read the text, so
-    assert "these weights cannot read the text" in out  # it believes the config
+    assert {key: int(cells[key][0].replace(",", "")) for key in expected} == expected
+    assert cells["rope_theta"] == ["20,000", "20,000", "-", "-"]  # it cannot read the text, so
+    assert "these weights cannot predict the text" in out  # it believes the config
     total = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
     assert f"{total:,} values" in out and re.search(rf"total +{total:,} ", out)
     assert "3. Proof" not in out and code == 0 and not (tmp_path / "out").exists()
@@ -253,9 +260,9 @@ def test_config_that_contradicts_the_shapes(tmp_path, run):
     config = json.loads((path / "config.json").read_text()) | dict(num_hidden_layers=4, vocab_size=95)
     (path / "config.json").write_text(json.dumps(config))
     code, out = run(init_from=str(path))
-    assert code == 1
-    assert "* num_hidden_layers: the config.json says 4, the weights 2: model.layers.0 to 1" in out
-    assert "* vocab_size: the config.json says 95, the weights 96: embed_tokens [96, 120]" in out
+    assert code == 1 and "the weights rule out the config.json's 95 and 4:" in out
+    assert "* num_hidden_layers is 2, not 4: model.layers.0 to 1" in out
+    assert "* vocab_size is 96, not 95: embed_tokens [96, 120]" in out
     assert table(out)["num_hidden_layers"] == ["2", "4*", "-", "-"]
 
 
@@ -265,12 +272,12 @@ def add(name, *shape):
 
 @pytest.mark.parametrize("fault, named", [
     (add("model.layers.1.self_attn.q_proj.bias", 120), "model.layers.1.self_attn.q_proj.bias is [120]"),
-    (add("lm_head.weight", 96, 120), "lm_head.weight of its own"),
+    (add("lm_head.weight", 96, 120), " lm_head.weight "),
     (add("model.layers.1.mlp.up_proj.weight", 320, 60), "model.layers.1.mlp.up_proj.weight is [320, 60]"),
     (lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.down" not in k}, "down_proj.weight is missing"),
     (lambda tensors: {k: v for k, v in tensors.items() if "embed" not in k}, "it has no model.embed_tokens.weight"),
 ])  # fmt: skip
-def test_other_networks_are_refused_by_name(tmp_path, run, fault, named):
+def test_different_models_are_refused_by_name(tmp_path, run, fault, named):
     path = stand_in(tmp_path / "folder", 15, 5, 8, 320)
     save_file(fault(load_file(path / "model.safetensors")), path / "model.safetensors")
     code, out = run(init_from=str(path))
@@ -280,7 +287,10 @@ def test_other_networks_are_refused_by_name(tmp_path, run, fault, named):
 def test_a_context_shorter_than_the_text(capsys):
     with pytest.raises(SystemExit) as stop:
         discover.main(DiscoverConfig(context=2_047))
-    assert stop.value.code == 2 and "--context=2047: give at least 2048" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "--context=2047 is too short: rivals are compared on 2048 tokens" in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,11 +304,11 @@ def is_official(path):
 def test_proof_compares_every_byte(tmp_path, capsys):
     sources = {"config.json": None, "GGUF header": None}
     all_out = {name: {} for name in Hypothesis._fields}
-    findings = discover.from_shapes(SHAPES_135M)
-    findings |= discover.from_behaviour(SHAPES_135M, Hypothesis(), all_out, sources)
-    findings["max_position_embeddings"] = discover.from_reading_on(8_192, None, sources)
+    findings = discover.conclude_from_shapes(SHAPES_135M)
+    findings |= discover.conclude_from_behavior(SHAPES_135M, Hypothesis(), all_out, sources)
+    findings["max_position_embeddings"] = discover.conclude_context(8_192, None, sources)
     assert discover.prove(findings, sources, tmp_path / "config.json") and is_official(tmp_path / "config.json")
-    assert sources["config.json"]["rope_theta"] == 100_000  # the hash proves what the official file says
+    assert sources["config.json"]["rope_theta"] == 100_000  # the hash proves the official file's claims
     findings["rope_theta"] = findings["rope_theta"]._replace(value=50_000.0)
     assert not discover.prove(findings, sources, tmp_path / "config.json")
     assert "but the official file's is" in capsys.readouterr().out and not is_official(tmp_path / "config.json")
@@ -313,24 +323,25 @@ def test_base(tmp_path, run, monkeypatch):
     rows = rivals(out)
     tokens, difference, ratio, verdict = rows["rope_theta", "10,000"]
     assert (tokens, verdict) == (512, "ruled out") and 0.15 < difference < 0.3 and ratio > 5
-    assert rows["rope_theta", "50,000"][3] == "not told apart"
+    assert rows["rope_theta", "50,000"][3] == "inconclusive"
     gross = {question for question, _ in rows} - {"rope_theta", "rms_norm_eps"}
     assert gross == {"rope_layout", "head_dim", "kv_grouping", "gate", "hidden_act", "norm_order"}
     for (question, rival), (_, difference, ratio, verdict) in rows.items():
         if question in gross:
             assert verdict == "ruled out" and difference > 0.5 and ratio > 5, (question, rival)
-    assert rows["rms_norm_eps", "1e-06"][3] == "not told apart" and rows["rms_norm_eps", "0.001"][3] == "ruled out"
+    assert rows["rms_norm_eps", "1e-06"][3] == "inconclusive" and rows["rms_norm_eps", "0.001"][3] == "ruled out"
 
-    found = table(out)
-    assert found["rope_theta"] == ["100,000", "100,000", "10,000*", "100,000"]
-    assert found["max_position_embeddings"][0] == "8,192" and found["rope_layout"][0] == "half-split"
-    assert "\n* rope_theta: the training YAML says 10,000, the weights 100,000: under 10,000, NLL +0.2" in out
+    cells = table(out)
+    assert cells["rope_theta"] == ["100,000", "100,000", "10,000*", "100,000"]
+    assert cells["max_position_embeddings"][0] == "8,192" and cells["rope_layout"][0] == "half-split"
+    assert "the weights rule out the training YAML's 10,000:\n" in out
+    assert "\n* rope_theta is 100,000 or 50,000, not 10,000: with 10,000, NLL +0.2" in out
     assert "rope_theta: the evidence leaves 100,000 or 50,000; the GGUF header decides" in out
     assert "which is the official file's" in out and is_official(tmp_path / "out" / "config.json")
 
 
 def test_a_folder_that_contradicts_its_config(tmp_path, run, monkeypatch, release):
-    """Its q and k are interleaved, and its config says theta 10,000. Fewer questions, so that a run takes seconds."""
+    """Its q and k are interleaved, and its config says theta 10,000. Fewer questions make the run take seconds."""
     monkeypatch.setattr(discover, "THETAS", (1e4, 1e5))
     monkeypatch.setattr(discover, "EPSILONS", (1e-5, 1e-3))
     monkeypatch.setattr(discover, "ACTIVATIONS", {"silu": F.silu})
@@ -346,10 +357,9 @@ def test_a_folder_that_contradicts_its_config(tmp_path, run, monkeypatch, releas
     code, out = run(init_from=str(path), context=512)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert code == 1 and (written["rope_theta"], written["rope_interleaved"]) == (100_000, True)
-    line = next(line for line in out.splitlines() if line.startswith("* rope_theta: the config.json says 10,000"))
-    margin = re.search(r"the weights 100,000: under 10,000, NLL \+(\S+) ± \S+ \((\S+) standard errors\)", line)
+    margin = re.search(r"\* rope_theta is 100,000, not 10,000: with 10,000, NLL \+(\S+) ± \S+ \((\S+) standard", out)
     assert 0.15 < float(margin[1]) < 0.3 and float(margin[2]) > 5
     assert table(out)["rope_theta"] == ["100,000", "10,000*", "10,000*", "100,000"]  # after the layout is found
-    assert "* rope_layout: the config.json says half-split, the weights interleaved: under half-split, NLL +2." in out
+    assert "* rope_layout is interleaved, not half-split: with half-split, NLL +2." in out
     assert table(out)["rope_layout"] == ["interleaved", "half-split*", "half-split*", "half-split*"]
     assert "the release's own config.json contradicts the evidence" in out

@@ -1,20 +1,20 @@
 """
-Faults go in, a table comes out: what does train.py lose, get wrong, or answer with a traceback?
+Inject faults into train.py and count the iterations it loses, the numbers it gets wrong, and the tracebacks.
 
     python tests/torture.py                  # every fault many times: about an hour; make torture
     python tests/torture.py --trials=3       # a short form, as make test runs it
 
-Every trial trains a tiny network in a child forked from this process, which has imported train.py once. The child
-dies, is disturbed, or resumes with a damaged file; then the run is resumed until it ends. It must end where the
-undisturbed run ends: the same bits in weights, moments and scheduler, the same rows in log.csv. The table's columns:
+Every trial trains a tiny model in a child forked from this process, which has imported train.py once. The child is
+killed, disturbed, or resumes with a damaged file; then the run is resumed until it ends. Its weights, moments and
+scheduler must be bit-identical to those of an undisturbed run, and so must the rows of log.csv. The table's columns:
 
-    trials       how many
-    lost         most iterations that were done but not saved; a SIGKILL may lose those since the last save
+    trials       number of trials
+    lost         largest number of finished iterations that were not saved; a SIGKILL loses those since the last save
     differing    numbers in ckpt.pt, or rows of log.csv, that differ from the undisturbed run
     tracebacks   trials that printed one
-    silent       a damaged file that was used, or an end without the line that says why
+    silent       trials that used a damaged file, or ended without the line that says why
 
-log.csv and meta.json are text without checksums: a changed number in them cannot be told from an intended one.
+log.csv and meta.json are text without checksums: a changed number in them looks like an intended one.
 """
 
 import contextlib
@@ -40,19 +40,16 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports what every child would import again
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports modules that each child would import
 
 import lib.log  # noqa: E402
 import lib.processes  # noqa: E402
 import train  # noqa: E402
 
-lib.log.plot_log = lambda *_: None  # a picture takes longer than the iterations between two
-lib.processes.pick_matmul = lambda *_: (
-    "float32",
-    "highest",
-)  # not measured: the fastest may differ
+lib.log.plot_log = lambda *_: None  # a picture takes longer than the iterations between two of them
+lib.processes.pick_matmul = lambda *_: ("float32", "highest")  # not measured: the fastest may differ
 save = torch.save
-torch.save = lambda checkpoint, file: (save(checkpoint, file), file.flush(), time.sleep(0.02))  # to be killed in
+torch.save = lambda checkpoint, file: (save(checkpoint, file), file.flush(), time.sleep(0.02))  # time to be killed
 
 from configurator import configure  # noqa: E402
 
@@ -60,7 +57,7 @@ from networks import write_dataset  # noqa: E402
 from spoil import spoil  # noqa: E402
 
 ITERS, SAVES = 40, 10  # iterations in a run, and between saves
-EXPECTED = {}  # number of processes: the state() of the undisturbed run
+EXPECTED = {}  # number of processes: read_state() of the undisturbed run
 FLAGS = [
     "--vocab_size=300", "--hidden_size=32", "--intermediate_size=64", "--num_hidden_layers=2", "--head_dim=16",
     "--num_attention_heads=2", "--num_key_value_heads=1", "--max_position_embeddings=32", "--batch_size=2",
@@ -71,14 +68,14 @@ FLAGS = [
 
 @dataclass(frozen=True)
 class TortureConfig:
-    """Disturb train.py in every way, and count what it loses."""
+    """Inject every fault into train.py and count its losses and errors."""
 
-    trials: int = 50  # of each fault
-    seed: int = 0  # of the moments, places and bits
+    trials: int = 50  # trials of each fault
+    seed: int = 0  # seeds the times, places and bits of the faults
 
 
 def prepare(folder):
-    """data/text in `folder`: 4,000 ids to train on, 500 to evaluate."""
+    """Write data/text in `folder`: 4,000 ids to train on, 500 to evaluate."""
     train, val = (np.random.default_rng(n).integers(0, 300, n).tolist() for n in (4_000, 500))
     write_dataset(folder / "data/text", train, val, vocab_size=300)
 
@@ -120,30 +117,30 @@ def start_processes(folder, flags, processes):
 
 
 def wait(process):
-    """Wait until a child ends; returns its exit code, or the negative number of the signal that killed it."""
+    """Wait until a child ends. Return its exit code, or the negative number of the signal that killed it."""
     process.join(120)
-    process.kill()  # where it hangs
+    process.kill()  # if it hangs
     process.join()
     return process.exitcode
 
 
-def output(folder):
+def read_output(folder):
     path = folder / "output"
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def errors(folder):
-    return [line for line in output(folder).splitlines() if line.startswith("error: ")]
+def list_errors(folder):
+    return [line for line in read_output(folder).splitlines() if line.startswith("error: ")]
 
 
 def wait_for(folder, iteration, process):
     """Wait until the child has printed the loss of an iteration, or has ended."""
-    while f"iter {iteration:6d} | loss" not in output(folder) and process.is_alive():
+    while f"iter {iteration:6d} | loss" not in read_output(folder) and process.is_alive():
         time.sleep(0.002)
 
 
 def resume(folder, processes=1):
-    """Resume until the run is at its end; from the beginning if it never saved. Returns whether it got there."""
+    """Resume until the run is finished, or start again if it never saved. Return True if it finished."""
     for _ in range(5):
         flags = ["--init_from=resume"] if (folder / "out/ckpt.pt").exists() else [*FLAGS, "--overwrite=True"]
         if not any([wait(process) for process in start_processes(folder, flags, processes)]):
@@ -151,73 +148,74 @@ def resume(folder, processes=1):
     return False
 
 
-def flat(value, path=""):
-    """{path: value} of everything in a checkpoint that is not a dict or list."""
+def flatten(value, path=""):
+    """Return {path: value} of everything in a checkpoint that is not a dict or list."""
     if isinstance(value, (list, tuple)):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {path: value}
-    return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{path}/{key}").items()}
+    return {name: leaf for key, item in value.items() for name, leaf in flatten(item, f"{path}/{key}").items()}
 
 
-def state(folder):
-    """{name: value} of everything in out/ckpt.pt that must be equal, and the rows of log.csv without timings."""
+def read_state(folder):
+    """Return {name: value} of everything in out/ckpt.pt that must be equal, and the rows of log.csv without timings."""
     checkpoint = torch.load(folder / "out/ckpt.pt", weights_only=True)
     keys = ("model", "optimizer", "scheduler", "iter_num", "best_val_loss")
     with open(folder / "out/log.csv", newline="") as file:
         rows = {f"row {i}": tuple(row[:6]) for i, row in enumerate(csv.reader(file))}
-    return flat({key: checkpoint[key] for key in keys}) | rows
+    return flatten({key: checkpoint[key] for key in keys}) | rows
 
 
-def differing(a, b):
-    same = [k for k in a.keys() & b.keys() if (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
-    return len(a.keys() | b.keys()) - len(same)
+def count_differing(a, b):
+    equal = [k for k in a.keys() & b.keys() if (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
+    return len(a.keys() | b.keys()) - len(equal)
 
 
-def lost(folder):
-    """Iterations whose loss the child printed, and that are not in its checkpoint."""
-    lines = output(folder).splitlines()
+def count_lost(folder):
+    """Count the iterations whose loss the child printed and that are not in its checkpoint."""
+    lines = read_output(folder).splitlines()
     done = [int(line.split()[1]) for line in lines if line.startswith("iter") and "| loss" in line]
     path = folder / "out/ckpt.pt"
     saved = torch.load(path, weights_only=True)["iter_num"] if path.exists() else 0
     return max(0, max(done, default=0) - saved)
 
 
-# ---- The faults. Each disturbs one run in `folder` and returns (iterations lost, whether it went wrong silently).
+# ---- The faults. Each disturbs one run in `folder` and returns (iterations lost, True if it failed silently).
 
 
-def signalled(*numbers, at=range(1, ITERS - 5)):
-    """Send these signals during one of the iterations `at`, or during the save after it."""
+def send_signals(*numbers, iterations=range(1, ITERS - 5)):
+    """Send these signals during one of the iterations, or during the save after it."""
 
     def fault(folder, dice):
         process = start(folder, FLAGS)
-        wait_for(folder, dice.choice(at), process)
+        wait_for(folder, dice.choice(iterations), process)
         time.sleep(dice.random() * 0.02)
         for i, number in enumerate(numbers):
             time.sleep(0.05 * (i > 0))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
         code = wait(process)
-        ended = (0, -numbers[-1])  # before the first signal came, or just before the second
-        return lost(folder), code not in (128 + numbers[0], *ended)
+        ended_early = (0, -numbers[-1])  # before the first signal arrived, or just before the second
+        return count_lost(folder), code not in (128 + numbers[0], *ended_early)
 
     return fault
 
 
-def killed_rank(folder, dice):
-    """Kill one of two processes. The other must end with the line that names the command to continue."""
+def kill_rank(folder, dice):
+    """Kill one of two processes. The other must end with a line that names the command to continue."""
     processes = start_processes(folder, FLAGS, 2)
     wait_for(folder, dice.randrange(1, ITERS - 5), processes[0])
     time.sleep(dice.random() * 0.02)
     dice.shuffle(processes)
     processes[0].kill()
     wait(processes[0])
-    ended = wait(processes[1]) == 0  # before the signal came
-    return lost(folder), not ended and ["--init_from=resume" in line for line in errors(folder)] != [True]
+    ended_early = wait(processes[1]) == 0  # before the signal arrived
+    named = ["--init_from=resume" in line for line in list_errors(folder)]
+    return count_lost(folder), not ended_early and named != [True]
 
 
-def disk_full(folder, dice):
-    """A limit on the size of files is a full disk that needs no file system of its own."""
+def fill_disk(folder, dice):
+    """Limit the size of files, which simulates a full disk without a separate file system."""
     limit = dice.choice([200, 5_000, 60_000, 150_000])
 
     def limited():
@@ -226,19 +224,19 @@ def disk_full(folder, dice):
     command = [sys.executable, str(ROOT / "train.py"), *FLAGS]
     done = subprocess.run(command, cwd=folder, preexec_fn=limited, capture_output=True, text=True)
     (folder / "output").write_text(done.stdout + done.stderr)
-    shutil.rmtree(folder / "out", ignore_errors=True)  # its arithmetic was chosen by measuring
-    return 0, done.returncode == 0 or done.stderr.count("\n") != 1 or not errors(folder)
+    shutil.rmtree(folder / "out", ignore_errors=True)  # this process picked its matmul by measuring
+    return 0, done.returncode == 0 or done.stderr.count("\n") != 1 or not list_errors(folder)
 
 
-def two_writers(folder, dice):
+def start_two_writers(folder, dice):
     first = start(folder, FLAGS)
     wait_for(folder, 1, first)
     code = wait(start(folder, [*FLAGS, "--overwrite=True"]))
-    return 0, wait(first) != 0 or code == 0 or not errors(folder)
+    return 0, wait(first) != 0 or code == 0 or not list_errors(folder)
 
 
-def leftovers(folder, dice):
-    """Files that a dead process may have left."""
+def leave_files(folder, dice):
+    """Start next to files that a killed process may have left."""
     out = folder / "out"
     out.mkdir()
     for name in ("ckpt.pt.tmp", "ckpt.pt.123.tmp", "log.csv.4.tmp", ".lock", "loss.png"):
@@ -246,8 +244,8 @@ def leftovers(folder, dice):
     return 0, wait(start(folder, FLAGS)) != 0
 
 
-def damaged(name, change, checksums=True):
-    """A file of a finished half run is damaged: the resume must refuse it, or repair it and say so."""
+def damage(name, change, checksums=True):
+    """Damage a file of a run that is half finished: the resume must refuse it, or repair it and say so."""
 
     def fault(folder, dice):
         wait(start(folder, [*FLAGS, f"--max_iters={ITERS // 2}"]))
@@ -256,10 +254,10 @@ def damaged(name, change, checksums=True):
         (folder / name).write_bytes(content)
         code = wait(start(folder, ["--init_from=resume", f"--max_iters={ITERS}"]))
         if code == 0:
-            used = checksums and "note: " not in output(folder)
-            silent = used and differing(EXPECTED[1], state(folder))
+            used = checksums and "note: " not in read_output(folder)
+            silent = used and count_differing(EXPECTED[1], read_state(folder))
         else:
-            silent = code not in (1, 2) or len(errors(folder)) != 1
+            silent = code not in (1, 2) or len(list_errors(folder)) != 1
         shutil.rmtree(folder / "out")
         shutil.rmtree(folder / "data")
         prepare(folder)
@@ -286,65 +284,67 @@ def replace(content, dice):
 
 
 def scramble(content, dice):
-    """Near its beginning, where the headers are, or in a token of its text."""
+    """Change bytes near the beginning, which holds the headers, or a token of the text."""
     content[:] = spoil(content, dice)
 
 
 FAULTS = {
-    "SIGKILL, anywhere": signalled(signal.SIGKILL),
-    "SIGKILL, inside a save": signalled(signal.SIGKILL, at=range(SAVES, ITERS + 1, SAVES)),
-    "SIGKILL, one of two ranks": killed_rank,
-    "SIGTERM": signalled(signal.SIGTERM),
-    "SIGTERM twice in 50 ms": signalled(signal.SIGTERM, signal.SIGTERM),
-    "Ctrl-C": signalled(signal.SIGINT),
-    "SIGHUP": signalled(signal.SIGHUP),
-    "SIGUSR1": signalled(signal.SIGUSR1),
-    "disk full": disk_full,
-    "two writers": two_writers,
-    "leftovers": leftovers,
-    "ckpt.pt, a bit flipped": damaged("out/ckpt.pt", flip),
-    "ckpt.pt, 4 kB zeroed": damaged("out/ckpt.pt", zero),
-    "ckpt.pt, truncated": damaged("out/ckpt.pt", cut),
-    "ckpt.pt, replaced": damaged("out/ckpt.pt", replace),
-    "ckpt.pt, scrambled": damaged("out/ckpt.pt", scramble),
-    "log.csv, replaced": damaged("out/log.csv", replace),
-    "log.csv, scrambled": damaged("out/log.csv", scramble, checksums=False),
-    "train.bin, a bit flipped": damaged("data/text/train.bin", flip),
-    "train.bin, truncated": damaged("data/text/train.bin", cut),
-    "meta.json, replaced": damaged("data/text/meta.json", replace),
-    "meta.json, scrambled": damaged("data/text/meta.json", scramble, checksums=False),
+    "SIGKILL, anywhere": send_signals(signal.SIGKILL),
+    "SIGKILL, inside a save": send_signals(signal.SIGKILL, iterations=range(SAVES, ITERS + 1, SAVES)),
+    "SIGKILL, one of two ranks": kill_rank,
+    "SIGTERM": send_signals(signal.SIGTERM),
+    "SIGTERM twice in 50 ms": send_signals(signal.SIGTERM, signal.SIGTERM),
+    "Ctrl-C": send_signals(signal.SIGINT),
+    "SIGHUP": send_signals(signal.SIGHUP),
+    "SIGUSR1": send_signals(signal.SIGUSR1),
+    "disk full": fill_disk,
+    "two writers": start_two_writers,
+    "leftovers": leave_files,
+    "ckpt.pt, a bit flipped": damage("out/ckpt.pt", flip),
+    "ckpt.pt, 4 kB zeroed": damage("out/ckpt.pt", zero),
+    "ckpt.pt, truncated": damage("out/ckpt.pt", cut),
+    "ckpt.pt, replaced": damage("out/ckpt.pt", replace),
+    "ckpt.pt, scrambled": damage("out/ckpt.pt", scramble),
+    "log.csv, replaced": damage("out/log.csv", replace),
+    "log.csv, scrambled": damage("out/log.csv", scramble, checksums=False),
+    "train.bin, a bit flipped": damage("data/text/train.bin", flip),
+    "train.bin, truncated": damage("data/text/train.bin", cut),
+    "meta.json, replaced": damage("data/text/meta.json", replace),
+    "meta.json, scrambled": damage("data/text/meta.json", scramble, checksums=False),
 }
 
 
-def table_row(name, row):
+def format_row(name, row):
     return f"{name:<28}{row[0]:>8}{row[1]:>8}{row[2]:>11}{row[3]:>12}{row[4]:>8}"
 
 
-def torture(config, say=print):
-    """Try every fault config.trials times; returns {fault: [trials, lost, differing, tracebacks, silent]}."""
-    dice, table = random.Random(config.seed), {}
-    say(table_row("fault", ("trials", "lost", "differing", "tracebacks", "silent")))
-    with tempfile.TemporaryDirectory(prefix="torture.") as place:
+def torture(config):
+    """Try every fault config.trials times. Return {fault: [trials, lost, differing, tracebacks, silent]}."""
+    dice = random.Random(config.seed)
+    table = {}
+    print(format_row("fault", ("trials", "lost", "differing", "tracebacks", "silent")))
+    with tempfile.TemporaryDirectory(prefix="torture.") as temporary:
         for processes in (1, 2):
-            folder = Path(place) / f"reference{processes}"
+            folder = Path(temporary) / f"reference{processes}"
             prepare(folder)
-            assert resume(folder, processes), output(folder)
-            EXPECTED[processes] = state(folder)
+            assert resume(folder, processes), read_output(folder)
+            EXPECTED[processes] = read_state(folder)
         for name, fault in FAULTS.items():
-            row, processes = [0] * 5, 2 if fault is killed_rank else 1
+            row = [0] * 5
+            processes = 2 if fault is kill_rank else 1
             table[name] = row
             for trial in range(config.trials):
-                folder = Path(place) / f"trial{trial}"
+                folder = Path(temporary) / f"trial{trial}"
                 prepare(folder)
-                gone, silent = fault(folder, dice)
-                at_end = resume(folder, processes)
+                iterations, silent = fault(folder, dice)
+                finished = resume(folder, processes)
                 row[0] += 1
-                row[1] = max(row[1], gone)
-                row[2] += differing(EXPECTED[processes], state(folder)) if at_end else 1
-                row[3] += "Traceback" in output(folder)
+                row[1] = max(row[1], iterations)
+                row[2] += count_differing(EXPECTED[processes], read_state(folder)) if finished else 1
+                row[3] += "Traceback" in read_output(folder)
                 row[4] += bool(silent)
                 shutil.rmtree(folder)
-            say(table_row(name, row))
+            print(format_row(name, row))
     return table
 
 
