@@ -103,6 +103,7 @@ class RunLog:
         epochs = (sequences_read * config.block_size + left) / meta["train"]["tokens"]
         next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
         then = f", then every {config.eval_interval}" if next_save < config.max_iters else ""
+        threads = torch.get_num_threads()
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         if config.shard:
             processes += ", sharded" if self.world_size > 1 else ", nothing to shard"
@@ -116,7 +117,7 @@ class RunLog:
             f"{meta['val']['tokens']:,} validation tokens\n"
             f"iteration   {self.tokens // config.block_size} sequences x {config.block_size} = {self.tokens:,} tokens; "
             f"{config.max_iters:,} iterations = {epochs:.2f} epochs\n"
-            f"machine     {config.device}, {processes}, {torch.get_num_threads()} threads; {matmuls}; "
+            f"machine     {config.device}, {processes}, {threads} thread{'s' if threads > 1 else ''}; {matmuls}; "
             f"{'compiled' if config.compile else 'eager'}\n"
             f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}{then}, and on Ctrl-C"
         )
@@ -198,7 +199,10 @@ class RunLog:
         self.val_losses[iter_num] = val_loss, val_stderr
         self.write(iter=iter_num, val_loss=val_loss, val_stderr="" if math.isnan(val_stderr) else val_stderr)
         if self.file:
-            plot_log(self.path, self.path.with_name("loss.png"), self.config, self.bits_per_nat, self.resumed_at)
+            ms = sum(float(row.get("ms") or 0) for row in read_log(self.path)) * self.config.log_interval
+            size = sum(p.numel() for p in self.model.parameters()) / 1e6
+            title = f"{size:.1f}M parameters, {self.config.dataset}: {ms / 60_000:.0f} minutes on {self.config.device}"
+            plot_log(self.path, self.path.with_name("loss.png"), title, self.bits_per_nat, self.resumed_at)
 
     def sample(self, iter_num, text):
         """Print a sample of text, indented, so that its end can be seen."""
@@ -283,41 +287,31 @@ def read_log(path):
     return rows
 
 
-def plot_log(log_path, path, config, bits_per_nat, resumed_at):
+def plot_log(log_path, path, title, bits_per_nat, resumed_at):
     """
-    Draw training and validation loss by iteration, from log.csv, and the last 100 iterations next to it. A failure is
-    printed and does not end the run.
+    Draw training and validation loss by iteration, from log.csv. A failure is printed and does not end the run.
 
     bits_per_nat  bits per byte of val.bin for each nat per token, for the axis on the right
-    resumed_at    iteration from which this run was resumed, or None
+    resumed_at    iteration from which this run was resumed, for a dotted line, or None
     """
     rows = read_log(log_path)
-    figure, (axes, end) = new_picture(2, width_ratios=(3, 1))
+    figure, axes = new_picture()
     train = np.array([(int(row["iter"]), float(row["loss"])) for row in rows if row.get("loss")]).reshape(-1, 2)
     val = [(int(row["iter"]), *(float(row.get(name) or "nan") for name in ("val_loss", "val_stderr"))) for row in rows]
     val = np.array(val).reshape(-1, 3)
     val = val[~np.isnan(val[:, 1])]
-    label = f"train, mean of {config.log_interval} iterations" if config.log_interval > 1 else "train"
-    axes.plot(*train.T, color=BLUE, linewidth=1.5, label=label)
+    axes.plot(*train.T, color=BLUE, linewidth=1.5, label="train, mean since the last log line")
     axes.errorbar(*val.T, color=ORANGE, fmt="o-", markersize=4, capsize=3, linewidth=1.5, label="val, ± standard error")
     # The first iterations fall from ln(vocab_size) and would press the rest flat: they may leave through the top.
     points = np.concatenate((train, val[:, :2]))
     later = points[points[:, 0] > points[:, 0].max(initial=0) / 20, 1]
     if len(later) > 10 and np.isfinite(later).all():
         axes.set_ylim(later.min() - 0.2, later.max() + 0.2)
-    axes.set(xlabel="iteration", ylabel="nats per token")
-    right = axes.secondary_yaxis("right", functions=(lambda nats: nats * bits_per_nat, lambda bpb: bpb / bits_per_nat))
-    right.set_ylabel("bits per byte")
-    minutes = sum(float(row.get("ms") or 0) for row in rows) * config.log_interval / 60_000
-    axes.set_title(f"{config.dataset}, on {config.device}: {minutes:,.0f} minutes")
-
-    last = train[train[:, 0] > train[:, 0].max(initial=0) - 100]
-    after = last[:, 0] > (resumed_at or math.inf)
-    end.plot(*last[~after].T, color=BLUE, linewidth=1.5)
-    end.plot(*last[after].T, "o", color=BLUE, markersize=4)
-    end.set(xlabel="iteration", title="the last 100" + (", resumed as dots" if after.any() else ""))
     if resumed_at is not None:
         axes.axvline(resumed_at, color=GREY, linestyle=":", label="stopped and resumed")
+    axes.set(xlabel="iteration", ylabel="nats per token", title=title)
+    right = axes.secondary_yaxis("right", functions=(lambda nats: nats * bits_per_nat, lambda bpb: bpb / bits_per_nat))
+    right.set_ylabel("bits per byte")
     axes.legend()
     try:
         save_picture(figure, path)

@@ -14,8 +14,8 @@ GREY = "#808080"  # equally far from white and from black
 BLUE, ORANGE, PURPLE = "#3b82f6", "#f97316", "#a855f7"
 
 
-def new_picture(panels=1, **grid):
-    """Return matplotlib's (figure, axes): 8 x 4.5 inches, or 12 x 4.5 with two axes. grid: how they share the width."""
+def new_picture(panels=1):
+    """Return matplotlib's (figure, axes): 8 x 4.5 inches, or 12 x 4.5 with two axes."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws to a file and needs no screen
@@ -24,7 +24,7 @@ def new_picture(panels=1, **grid):
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = dict.fromkeys(grey, GREY) | {"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "font.size": 11}
     plt.rcParams.update(style)
-    return plt.subplots(1, panels, figsize=(4 + 4 * panels, 4.5), layout="constrained", gridspec_kw=grid)
+    return plt.subplots(1, panels, figsize=(4 + 4 * panels, 4.5), layout="constrained")
 
 
 def save_picture(figure, path):

@@ -63,7 +63,7 @@ def test_other_columns_than_todays_keep_their_rows(tmp_path, open_log, columns):
         rows = list(csv.DictReader(file))
     assert {name: value for name, value in rows[0].items() if value} == {n: v for n, v in values.items() if v}
     assert rows[1]["loss"] == "8.5" and (rows[1].get("my_metric") or "") == ""
-    plot_log(path, tmp_path / "loss.png", TrainConfig(), 0.4, 10)
+    plot_log(path, tmp_path / "loss.png", "a run", 0.4, 10)
     assert (tmp_path / "loss.png").stat().st_size > 5_000
 
 
@@ -90,7 +90,7 @@ def test_missing_rows_are_noted(open_log, capfd):
 def test_a_plot_that_cannot_be_written_ends_nothing(tmp_path, capfd):
     write(tmp_path / "log.csv", [COLUMNS, *GOOD])
     (tmp_path / "loss.png").mkdir()
-    plot_log(tmp_path / "log.csv", tmp_path / "loss.png", TrainConfig(), 0.4, None)
+    plot_log(tmp_path / "log.csv", tmp_path / "loss.png", "a run", 0.4, None)
     assert "loss.png could not be written (Is a directory)" in capfd.readouterr().out
     assert read_log(tmp_path / "none.csv") == []
 
