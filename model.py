@@ -243,17 +243,17 @@ class SmolLM2(nn.Module):
             return self.head(x)
         return cross_entropy(x.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten(), self.compiled)
 
-    def compile(self, whole=False):
+    def compile(self, by_block=True):
         """
         Compile in place, block by block: blocks share one compilation, so it takes seconds, not minutes, and DDP can
-        overlap one block's all-reduce with the backward pass of the next. whole=True compiles forward() as one.
+        overlap one block's all-reduce with the backward pass of the next. by_block=False compiles forward() as one.
         """
         # torch.compile writes C++ that is vectorized already. If GCC 12 vectorizes it again, transposed tiles of
         # bf16 can come out wrong, and gradients with them (seen on an Emerald Rapids CPU). So tell GCC not to.
         cpp = torch._inductor.config.cpp
         if platform.system() == "Linux" and platform.machine() == "x86_64" and cpp.march is None:
             cpp.march = "native -fno-tree-slp-vectorize"
-        if whole:
+        if not by_block:
             return super().compile()
         for block in self.model.layers:
             block.compile()
@@ -274,7 +274,7 @@ class SmolLM2(nn.Module):
         repetition_penalty  divide the logits of ids in idx by this if positive, else multiply (arXiv 1909.05858)
         stop_ids            stop once every row has produced one of these; a finished row repeats its stop id
         allowed             (V,) bool: the ids that may be sampled (default: all)
-        generator           torch.Generator to draw from, so sampling leaves other random numbers alone
+        generator           torch.Generator to draw from, so sampling does not disturb other random numbers
 
         When the context (max_position_embeddings) is full, the older half of it is dropped.
         Raise ValueError if idx itself is longer than the context.
@@ -425,7 +425,7 @@ def softmax_loss(logits, targets):
     """Return -log softmax (n, 1) of logits (n, V) at targets (n, 1). Overwrite the logits with their gradient."""
     log_probs = logits.float().log_softmax(-1)
     at_target = log_probs.gather(1, targets)
-    if torch.compiler.is_compiling():  # softmax - one-hot in one pass, where a scatter would be a second
+    if torch.compiler.is_compiling():  # softmax - one-hot in one pass; a scatter would need a second
         one_hot = torch.arange(logits.shape[1], device=logits.device) == targets
         logits.copy_(log_probs.exp() - one_hot.float())
     else:
@@ -440,7 +440,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
     F.cross_entropy(F.linear(x, head), targets) without materializing all the logits: forward goes chunk by chunk and
     computes each chunk's gradients while its logits exist. At V = 49,152 the logits of 16,384 tokens take 3.2 GB in
-    fp32, and their gradient another 3.2. Matmuls use autocast's dtype, the softmax and the sums fp32.
+    fp32, and their gradient 3.2 GB more. Matmuls use autocast's dtype, the softmax and the sums fp32.
     """
 
     CHUNK = {"cpu": 512}  # tokens per matmul: 50 MB of logits in bf16, 100 in fp32

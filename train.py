@@ -39,7 +39,7 @@ from lib.processes import (
     start_processes,
     sum_over_ranks,
     sync_gradients,
-    to_whole,
+    unshard,
     wrap,
 )
 from lib.tokenizer import load_tokenizer
@@ -152,7 +152,7 @@ def train(config):
     iter_num, sequences_read, best_val_loss, losses = 0, 0, math.inf, []
     if resume:
         check_resume(config, checkpoint, meta)
-        config = replace(config, init_from=checkpoint["config"]["init_from"])  # what the run originally started from
+        config = replace(config, init_from=checkpoint["config"]["init_from"])  # how the run began
         model = build_model(config, device)
         optimizer, scheduler = build_optimizer(model, config)
         load_run(checkpoint, model, optimizer, scheduler, config)
@@ -169,7 +169,7 @@ def train(config):
         print_start(source, config)
         model = build_model(config, device, source)
         optimizer, scheduler = build_optimizer(model, config)
-        chat = "block_size" in meta or bool(source and source.chat_template)  # how an exported model ends a text
+        chat = "block_size" in meta or bool(source and source.chat_template)  # decides how an export ends its texts
 
     # everything that can fail is tried before an earlier run is removed
     config = replace(config, compile=try_step(model, config, device, resume, say))
@@ -184,7 +184,7 @@ def train(config):
         state |= dict(model=model.state_dict(), iter_num=iter_num, best_val_loss=best_val_loss)
         state |= dict(sequences_read=sequences_read, losses=log.losses, chat=chat)
         state |= dict(config=asdict(config), data=meta["sha256"], machine=machine)
-        state = to_whole(state)  # all ranks take part
+        state = unshard(state)  # all ranks take part
         if rank == 0:
             log.sync()
             write_checkpoint(out_dir / name, state)
@@ -254,7 +254,7 @@ def train(config):
     end_processes(world_size)
     if last:
         return 0
-    number = stop_signals[0] if stop_signals else signal.SIGTERM  # the signal may have reached another rank only
+    number = stop_signals[0] if stop_signals else signal.SIGTERM  # the signal may have reached only a different rank
     log.stopped(number, iter_num)
     return 128 + number
 

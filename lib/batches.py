@@ -21,7 +21,7 @@ def get_blocks(data, first, count, block_size, seed, mask=None):
     where y is x one token later.
 
     mask  one byte per id, for conversations. Then `data` is rows of block_size + 1 ids, each row is a block, and y is
-          -1 (no loss) where the mask is 0.
+          -1 (no loss) if the mask is 0.
     """
     if mask is None:
         n = max(1, (len(data) - block_size) // block_size)  # blocks per epoch, whatever the offset

@@ -1,4 +1,4 @@
-"""The range of every numeric setting, from whatever source: flags, config files, checkpoints, config.json."""
+"""Check the range of every number, whether it comes from a flag, a config file, a checkpoint or a config.json."""
 
 LIMITS = {  # setting: (smallest, largest); whole numbers if these are
     # the model

@@ -62,7 +62,7 @@ def print_start(source, config):
 
 
 def print_resume(checkpoint, config, machine):
-    """Print where a resume continues and what differs: settings, data order, and the values in `machine`."""
+    """Print where a resume continues, and its differences: settings, data order, and the values in `machine`."""
     path, iter_num, saved = Path(config.out_dir) / "ckpt.pt", checkpoint["iter_num"], checkpoint["config"]
     if iter_num >= config.max_iters:
         more = f"--init_from=resume --out_dir={shlex.quote(config.out_dir)} --max_iters={iter_num + 50}"
@@ -132,7 +132,7 @@ class RunLog:
         evaluation that followed the save: a resume repeats it, and compares.
         """
         config, rows = self.config, read_log(self.path) if iter_num else []
-        columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))  # those of another version are kept
+        columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))  # an older version's columns are kept
         kept = []
         for row in rows:
             if int(row["iter"]) == iter_num and row.get("val_loss"):
@@ -205,11 +205,11 @@ class RunLog:
             plot_log(self.path, self.path.with_name("loss.png"), title, self.bits_per_nat, self.resumed_at)
 
     def sample(self, iter_num, text):
-        """Print a sample of text, indented, so that its end can be seen."""
+        """Print a sample of text, indented, to show where it ends."""
         say(f"iter {iter_num:6d} | sample:\n{textwrap.indent(text, '            | ', lambda line: True)}")
 
     def summary(self):
-        """Print what happened: time, memory, the first and the last validation loss, where the files are."""
+        """Print the time, the memory, the first and the last validation loss, and the files."""
         if not self.file:
             return
         seconds = round(time.perf_counter() - self.started)

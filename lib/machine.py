@@ -124,12 +124,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def try_compiling(model, use, say, whole=False):
+def try_compiling(model, use, say, by_block=True):
     """
     Compile the model, and call `use()` to see whether it works. If not (no C++ compiler, for example), print why and
     restore the eager model. Return whether the model is compiled.
     """
-    model.compile(whole)
+    model.compile(by_block)
     try:
         use()
     except Exception as error:  # a compiler can fail in many ways
@@ -160,8 +160,8 @@ def try_step(model, config, device, resumed, say):
         model.zero_grad(set_to_none=True)
         del moments  # as large as the optimizer's, which come with the first update
 
-    whole = "cuda" in device and not torch.distributed.is_initialized()
-    compiled = config.compile and try_compiling(model, step, say, whole)
+    by_block = "cuda" not in device or torch.distributed.is_initialized()
+    compiled = config.compile and try_compiling(model, step, say, by_block)
     if not compiled and not resumed:
         step()
     return compiled
@@ -169,9 +169,8 @@ def try_step(model, config, device, resumed, say):
 
 def check_compiled(config):
     """
-    Compile what training on a CPU compiles, for its shapes: one block, and the loss of one chunk of tokens. Raise
-    ArithmeticError if the gradients differ from the eager ones by more than bf16's rounding: then the C++ compiler is
-    wrong.
+    Compile the parts that training on a CPU compiles: one block, and the loss of one chunk of tokens. Raise
+    ArithmeticError if the gradients differ from the eager ones by more than bf16's rounding: a wrong C++ compiler.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(config.batch_size, config.block_size, config.hidden_size, generator=generator).requires_grad_()

@@ -10,7 +10,7 @@ import math
 import torch
 
 from lib.errors import usable
-from lib.processes import to_parts
+from lib.processes import reshard
 
 
 def get_lr(config, iter_num):
@@ -73,7 +73,7 @@ def load_run(checkpoint, model, optimizer, scheduler, config):
     settings = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
     base_lrs = scheduler.base_lrs  # a factor of get_lr for each group
     with usable(f"{config.out_dir}/ckpt.pt", "take an earlier copy, or train again"):
-        checkpoint = to_parts(checkpoint, model, optimizer)
+        checkpoint = reshard(checkpoint, model, optimizer)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"] | dict(base_lrs=base_lrs))

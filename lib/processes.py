@@ -7,8 +7,8 @@ process keeps its part of every weight, gradient and moment).
     model = shard(model, "bfloat16", device)                    # before the optimizer is built
     ddp_model = wrap(model, config)                             # averages gradients over all processes
     stop_signals = note_signals()                               # from here on, Ctrl-C fills this list
-    state = to_whole(model.state_dict())                        # unsharded; all ranks take part
-    checkpoint = to_parts(checkpoint, model, optimizer)         # and back: ckpt.pt is the same file for any run
+    state = unshard(model.state_dict())                        # unsharded; all ranks take part
+    checkpoint = reshard(checkpoint, model, optimizer)         # and back: ckpt.pt is the same file for any run
 """
 
 import gc
@@ -35,7 +35,7 @@ def start_processes(device):
     """
     Return (rank, world_size, device of this process). With torchrun, each process takes a GPU and joins the group, in
     which tensors on GPUs travel over NCCL, tensors on the CPU and objects over gloo. Until note_signals() is called, a
-    signal ends the program with one line: there is nothing to save yet.
+    signal exits with one line: there is nothing to save yet.
     """
 
     def end(number, _):
@@ -58,7 +58,7 @@ def start_processes(device):
 
 def end_processes(world_size):
     """
-    Leave the group once every process is here: none may leave while another still writes. The caller has deleted
+    Leave the group once every process is here, because none may leave while rank 0 still writes. The caller has deleted
     DistributedDataParallel. If it outlived the group, its destructor would end the group's thread and wait for it with
     Python's lock held, while that thread may wait for the lock: a run of two processes would hang forever.
     """
@@ -70,8 +70,8 @@ def end_processes(world_size):
 
 def resolve_auto(config, device, checkpoint, say):
     """
-    Return (config, machine): the settings without "auto" for device and dtype, and what else the last bits depend on,
-    both for the checkpoint. What is fastest is measured once, on rank 0; a resume takes it from its checkpoint.
+    Return (config, machine), both for the checkpoint: the settings with "auto" resolved for device and dtype, and all
+    else that the last bits depend on. The fastest matmul is measured once, on rank 0; a resume reads it from ckpt.pt.
     """
     if config.device == "auto":
         config = replace(config, device=device.split(":")[0])
@@ -148,25 +148,25 @@ def clip_gradient(model, grad_clip):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def to_whole(state):
+def unshard(state):
     """Gather the sharded tensors in a dict (of dicts), one at a time, on rank 0's CPU; elsewhere they become None."""
     if isinstance(state, dict):
-        return {key: to_whole(value) for key, value in state.items()}
+        return {key: unshard(value) for key, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
-    whole = state.full_tensor()
-    return whole.cpu() if dist.get_rank() == 0 else None
+    tensor = state.full_tensor()
+    return tensor.cpu() if dist.get_rank() == 0 else None
 
 
-def to_parts(checkpoint, model, optimizer):
+def reshard(checkpoint, model, optimizer):
     """Return the checkpoint with this process's part of each weight and moment of a sharded model."""
 
     def part(tensor, p):
         if not hasattr(p, "placements") or tensor.shape != p.shape:  # not sharded; or a step, which is one number
             return tensor
-        from torch.distributed.tensor import distribute_tensor  # two seconds, spared where nothing is sharded
+        from torch.distributed.tensor import distribute_tensor  # two seconds, needed only for sharded tensors
 
-        # a clone, because a slice would keep the whole tensor in memory
+        # a clone, because a slice would keep the full tensor in memory
         return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None).clone()
 
     params = [p for group in optimizer.param_groups for p in group["params"]]
