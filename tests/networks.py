@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -52,6 +53,18 @@ def refusal(call, *args):
     message = stop.value.code
     assert isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1, message
     return message
+
+
+def say(*turns):
+    """Return a conversation as messages."""
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def write(path, content):
+    """Write a str or bytes to a file, and return its path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def permuted(weight, heads):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import lib.conversations
-from lib.conversations import Encoded, packed
-from lib.python_chat import python_chat
+from lib.conversations import Encoded, pack_rows
+from lib.python_chat import read_python_chat
 
 
 def conversation(length):
@@ -19,15 +19,15 @@ def conversation(length):
 
 
 def test_packing_is_first_fit(monkeypatch):
-    """By hand, for rows of 10: 7 and 6 open a row each, 3 goes to the oldest that has room, 2 to the other."""
-    rows = packed((("train", conversation(n)) for n in (7, 6, 3, 2, 11)), 10)
+    """By hand, for rows of 10: 7 and 6 open a row each, 3 goes to the oldest with space, 2 to the second."""
+    rows = pack_rows((("train", conversation(n)) for n in (7, 6, 3, 2, 11)), 10)
     assert [[len(one.ids) for one in members] for _, members in rows] == [[7, 3], [6, 2], [11]]
-    monkeypatch.setattr(lib.conversations, "OPEN_ROWS", 1)  # the second row closes the first
-    rows = packed((("train", conversation(n)) for n in (7, 6, 3)), 10)
+    monkeypatch.setattr(lib.conversations, "MAX_OPEN_ROWS", 1)  # the second row closes the first
+    rows = pack_rows((("train", conversation(n)) for n in (7, 6, 3)), 10)
     assert [[len(one.ids) for one in members] for _, members in rows] == [[7], [6, 3]]
 
 
-def test_packing_keeps_everything_whole_and_little_in_memory():
+def test_packing_splits_and_loses_nothing_and_holds_little_in_memory():
     draw = random.Random(7)
     stream = [(draw.choice(["train", "val"]), conversation(draw.randint(30, 150))) for _ in range(3000)]
     taken, rows, most = 0, [], 0
@@ -39,22 +39,21 @@ def test_packing_keeps_everything_whole_and_little_in_memory():
             most = max(most, taken - sum(used for used, *_ in rows))
             yield item
 
-    for split, members in packed(counting(), 513):
+    for split, members in pack_rows(counting(), 513):
         rows.append((sum(len(one.ids) for one in members), split, members))
     assert most <= 2 * 65 * 513  # train's open rows and val's
     assert all(used <= 513 for used, *_ in rows)
-    assert {id(one): split for _, split, members in rows for one in members} == {
-        id(one): split for split, one in stream
-    }
+    packed = {id(one): split for _, split, members in rows for one in members}
+    assert packed == {id(one): split for split, one in stream}
     assert sum(used for used, *_ in rows) / (513 * len(rows)) > 0.96
 
 
 def test_python_chat_says_what_python_says():
     library = Path(os.__file__).parent
     names = ("argparse.py", "json/__init__.py", "pydoc_data/__init__.py", "pydoc_data/topics.py", "random.py")
-    found = list(python_chat([library / name for name in names]))
-    answers = {messages[0]["content"]: messages for messages in found}
-    assert len(answers) == len(found) > 100 and len({messages[1]["content"] for messages in found}) == len(found)
+    chats = list(read_python_chat([library / name for name in names]))
+    answers = {messages[0]["content"]: messages for messages in chats}
+    assert len(answers) == len(chats) > 100 and len({messages[1]["content"] for messages in chats}) == len(chats)
     functions = 0
     for question, messages in answers.items():
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)

@@ -1,4 +1,4 @@
-"""lib/dataset.py: prepared data and datatrove's files are opened as they were written; damaged ones get one line."""
+"""lib/dataset.py: prepared data and datatrove's files are opened as they were written; damaged ones are refused."""
 
 import hashlib
 import json
@@ -13,21 +13,21 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.tokens import DocumentTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import refusal, write_dataset
+from networks import refusal, write, write_dataset
 
 from lib import dataset
 from lib.batches import get_blocks
-from lib.dataset import Files, open_data, read_tokenized
+from lib.dataset import Shards, open_data, read_tokenized
 from lib.tokenizer import encode, tokenizer_json
 from prepare_data import PrepareConfig, main
 
 
-def opened(tmp_path, name="notes"):
+def open_small(tmp_path, name="notes"):
     return open_data(name, 50, 8, tmp_path)
 
 
 def write_files(folder, train):
-    """A dataset whose train split is several files; returns what is in meta.json."""
+    """Write a dataset whose train split is several files."""
     meta, shards = write_dataset(folder, sum(train, [])), []
     for i, ids in enumerate(train):
         content = np.array(ids, "<u2").tobytes()
@@ -36,32 +36,31 @@ def write_files(folder, train):
     (folder / "train.bin").unlink()
     meta["train"]["shards"] = shards
     (folder / "meta.json").write_text(json.dumps(meta))
-    return meta
 
 
-def test_a_dataset_is_opened(tmp_path):
+def test_a_dataset_is_open_small(tmp_path):
     meta = write_dataset(tmp_path / "notes")
-    train, val, found = opened(tmp_path)
+    train, val, opened_meta = open_small(tmp_path)
     for split in ("train", "val"):
         meta[split]["loss_tokens"] = meta[split]["tokens"]
     meta["sha256"] = {split: meta[split]["sha256"] for split in ("train", "val")}
-    assert (train.ids.tolist(), val.ids.tolist(), found) == (list(range(40)), list(range(20)), meta)
+    assert (train.ids.tolist(), val.ids.tolist(), opened_meta) == ([*range(40)], [*range(20)], meta)
     assert train.ids.dtype == np.uint16 and train.mask is None
 
 
 def test_conversations_are_opened_with_their_masks(tmp_path):
     folder = tmp_path / "chat"
     write_dataset(folder, train=range(45), val=range(18), mask=[0, 1, 1], block_size=8)
-    train, val, meta = opened(tmp_path, "chat")
+    train, val, meta = open_small(tmp_path, "chat")
     assert train.mask.tolist() == [0, 1, 1] * 15 and meta["train"]["loss_tokens"] == 30
     assert open_data("chat", 50, None, tmp_path)[2] == meta
     assert "--block_size=8" in refusal(open_data, "chat", 50, 16, tmp_path)
-    whole = (folder / "val_mask.bin").read_bytes()
-    for content, word in ((whole[:-1], "holds 17 numbers, not the 18"), (b"\1" + whole[1:], "sha256"), (b"", "empty")):
+    mask = (folder / "val_mask.bin").read_bytes()
+    for content, word in ((mask[:-1], "holds 17 numbers, not the 18"), (b"\1" + mask[1:], "sha256"), (b"", "empty")):
         (folder / "val_mask.bin").write_bytes(content)
-        assert word in refusal(opened, tmp_path, "chat")
+        assert word in refusal(open_small, tmp_path, "chat")
     (folder / "val_mask.bin").unlink()
-    assert "val_mask.bin cannot be used (No such file" in refusal(opened, tmp_path, "chat")
+    assert "val_mask.bin cannot be used (No such file" in refusal(open_small, tmp_path, "chat")
 
 
 @settings(deadline=None, max_examples=60)
@@ -70,28 +69,26 @@ def test_conversations_are_opened_with_their_masks(tmp_path):
     ends=st.tuples(st.integers(0, 30) | st.none(), st.integers(0, 30) | st.none()),
 )
 def test_several_files_are_sliced_like_one_array(sizes, ends, tmp_path_factory):
-    folder, whole, at = tmp_path_factory.mktemp("files"), np.arange(sum(sizes), dtype="<u2"), 0
-    for i, size in enumerate(sizes):
-        whole[at : at + size].tofile(folder / str(i))
-        at += size
-    ids = Files([folder / str(i) for i in range(len(sizes))])
+    folder, array = tmp_path_factory.mktemp("files"), np.arange(sum(sizes), dtype="<u2")
+    for i, part in enumerate(np.split(array, np.cumsum(sizes)[:-1])):
+        part.tofile(folder / str(i))
+    ids = Shards([folder / str(i) for i in range(len(sizes))])
     part = ids[slice(*ends)]
-    assert len(ids) == len(whole) and part.dtype == np.uint16 and part.tolist() == whole[slice(*ends)].tolist()
+    assert len(ids) == len(array) and part.dtype == np.uint16 and part.tolist() == array[slice(*ends)].tolist()
 
 
 def test_one_file_and_several_give_the_same_batches(tmp_path):
     ids = np.random.default_rng(0).integers(0, 50, 500).tolist()
     write_dataset(tmp_path / "one", ids)
     write_files(tmp_path / "several", [ids[:7], ids[7:300], ids[300:]])
-    (a, *_), (b, *_) = (opened(tmp_path, name) for name in ("one", "several"))
+    (a, *_), (b, *_) = (open_small(tmp_path, name) for name in ("one", "several"))
     for first in range(0, 200, 20):
-        for x, y in zip(get_blocks(a.ids, first, 20, 8, 7), get_blocks(b.ids, first, 20, 8, 7), strict=True):
-            assert torch.equal(x, y)
+        assert torch.equal(*(torch.stack(get_blocks(data.ids, first, 20, 8, 7)) for data in (a, b)))
 
 
-def test_a_file_that_is_lost_while_it_is_used_gets_one_line(tmp_path):
+def test_a_file_that_is_lost_while_training_gets_one_line(tmp_path):
     write_files(tmp_path / "notes", [[7] * 20, [8] * 20])
-    ids = opened(tmp_path)[0].ids
+    ids = open_small(tmp_path)[0].ids
     second = tmp_path / "notes/1.ds"
     second.write_bytes(second.read_bytes()[:-2])
     assert "1.ds cannot be used (it has become shorter): put the dataset back" in refusal(lambda: ids[30:40])
@@ -107,7 +104,7 @@ META = {
     "cut": ('{"dtype": ', "Expecting value"),
     "binary": (b"\xff\xfe\x00", "decode"),
     "empty object": ({}, "it has no dtype"),
-    "another dtype": ({"dtype": "uint32"}, "uint32 ids below 50, not uint16"),
+    "different dtype": ({"dtype": "uint32"}, "uint32 ids below 50, not uint16"),
     "a vocabulary in words": ({"vocab_size": "50"}, "'str' and 'int'"),
     "a larger vocabulary": ({"vocab_size": 51}, "ids below 51, not uint16 below 50"),
     "no train": ({"train": None}, "NoneType"),
@@ -115,7 +112,7 @@ META = {
     "no tokens": ({"train": TRAIN | {"tokens": 0}}, "train is empty"),
     "other tokens": ({"train": TRAIN | {"tokens": 41}}, "train.bin cannot be used (it holds 40 numbers, not the 41"),
     "no bytes": ({"train": TRAIN | {"bytes": 0}}, "train is empty"),
-    "another sum": ({"train": TRAIN}, "train.bin cannot be used (its sha256 is not"),
+    "different sum": ({"train": TRAIN}, "train.bin cannot be used (its sha256 is not"),
 }
 
 
@@ -125,30 +122,29 @@ def test_a_foreign_meta_json_gets_one_line(how, tmp_path):
     meta = write_dataset(tmp_path / "notes")
     if isinstance(content, dict):
         content = json.dumps(meta | content if content else {})
-    (tmp_path / "notes/meta.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert word in refusal(opened, tmp_path)
+    write(tmp_path / "notes/meta.json", content)
+    assert word in refusal(open_small, tmp_path)
 
 
 def test_missing_and_damaged_files_get_one_line(tmp_path, monkeypatch):
-    assert refusal(opened, tmp_path, "python").endswith(
-        "python/meta.json does not exist: run python prepare_data.py --dataset=python"
-    )
-    assert refusal(opened, tmp_path).endswith(": run python prepare_data.py --dataset=TEXT --name=notes")
+    hint = "python/meta.json does not exist: run python prepare_data.py --dataset=python"
+    assert refusal(open_small, tmp_path, "python").endswith(hint)
+    assert refusal(open_small, tmp_path).endswith(": run python prepare_data.py --dataset=TEXT --name=notes")
     folder = tmp_path / "notes"
     write_dataset(folder, val=[*range(19), 50])
-    assert "val.bin cannot be used (it holds the number 50" in refusal(opened, tmp_path)
+    assert "val.bin cannot be used (it holds the number 50" in refusal(open_small, tmp_path)
     write_dataset(folder, val=range(8))
-    assert "val holds 8 tokens, fewer than one block of 8 + 1" in refusal(opened, tmp_path)
+    assert "val holds 8 tokens, fewer than one block of 8 + 1" in refusal(open_small, tmp_path)
     write_files(folder, [[7] * 20, [49] * 20])
-    assert opened(tmp_path)[0].ids[:].tolist() == [7] * 20 + [49] * 20
-    whole = (folder / "1.ds").read_bytes()
-    for content, word in ((whole[:-2], "19 numbers"), (whole[:-1], "multiple"), (b"\1" + whole[1:], "sha256")):
+    assert open_small(tmp_path)[0].ids[:].tolist() == [7] * 20 + [49] * 20
+    ids = (folder / "1.ds").read_bytes()
+    for content, word in ((ids[:-2], "19 numbers"), (ids[:-1], "multiple"), (b"\1" + ids[1:], "sha256")):
         (folder / "1.ds").write_bytes(content)
-        assert "1.ds cannot be used (" in refusal(opened, tmp_path) and word in refusal(opened, tmp_path)
-    monkeypatch.setattr(dataset, "CHECKED", 30)  # now train is large, and only its size is checked
-    assert len(opened(tmp_path)[0].ids) == 40
+        assert "1.ds cannot be used (" in refusal(open_small, tmp_path) and word in refusal(open_small, tmp_path)
+    monkeypatch.setattr(dataset, "MAX_FULL_CHECK", 30)  # now train is large, and only its size is checked
+    assert len(open_small(tmp_path)[0].ids) == 40
     (folder / "1.ds").unlink()
-    assert "1.ds cannot be used (No such file" in refusal(opened, tmp_path)
+    assert "1.ds cannot be used (No such file" in refusal(open_small, tmp_path)
 
 
 # ---- datatrove's files
@@ -158,16 +154,15 @@ STORIES = [f"Story {i}: {'the cat sat on the mat, ' * (i % 9)}it was {i * i}.\n"
 
 @pytest.fixture(scope="module")
 def tokenized(tmp_path_factory):
-    """A folder that datatrove's own DocumentTokenizer wrote, in four tasks of which the last has no document."""
+    """Return a folder written by datatrove's own DocumentTokenizer, in four tasks; the last has no document."""
     folder = tmp_path_factory.mktemp("datatrove")
-    (folder / "tokenizer.json").write_bytes(tokenizer_json()[0])
+    write(folder / "tokenizer.json", tokenizer_json()[0])
 
     def read(data, rank, world_size):
         yield from (Document(text=text, id=str(i)) for i, text in enumerate(STORIES[80 * rank : 80 * rank + 80]))
 
-    step = DocumentTokenizer(
-        str(folder / "corpus"), str(folder / "tokenizer.json"), eos_token="<|endoftext|>", shuffle_documents=False
-    )
+    options = dict(eos_token="<|endoftext|>", shuffle_documents=False)
+    step = DocumentTokenizer(str(folder / "corpus"), str(folder / "tokenizer.json"), **options)
     LocalPipelineExecutor([read, step], tasks=4, workers=1, logging_dir=str(folder / "logs")).run()
     return folder / "corpus"
 
@@ -189,7 +184,7 @@ def with_ids(change):
     return lambda path: change(np.fromfile(path, "<u2")).astype("<u2").tofile(path)
 
 
-SPOILT = {
+DAMAGED = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-2]), "1_unshuffled.ds cannot be used (it has"),
     "half written": (lambda path: Path(f"{path}.metadata").unlink(), "metadata cannot be used (No such file"),
     "four bytes": (lambda path: Path(f"{path}.metadata").write_text("gpt|4\n9\n9 T"), "9 ids of gpt|4"),
@@ -201,9 +196,9 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("how", DAMAGED)
 def test_foreign_or_half_written_files_get_one_line(how, tokenized, encoding, tmp_path):
-    change, word = SPOILT[how]
+    change, word = DAMAGED[how]
     for path in tokenized.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     change(tmp_path / "00001_unshuffled.ds")

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import tokenizer_built_once
+from networks import say, tokenizer_built_once, write
 from tokenizers import Tokenizer
 
 import lib.official
@@ -29,14 +29,14 @@ from lib.dataset import open_data
 from lib.files import owned_folder, sha256_of
 from lib.text import Document
 from lib.tokenizer import encode, token_sizes, tokenizer_json
-from prepare_data import PrepareConfig, cut, main
+from prepare_data import PrepareConfig, cut_text, main
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, encoding):
-    """A folder to run in. The tokenizer is built once for all tests."""
+    """Run in a temporary folder. The tokenizer is built once for all tests."""
     monkeypatch.chdir(tmp_path)
     tokenizer_built_once(monkeypatch, prepare_data, encoding)
     return tmp_path
@@ -44,7 +44,7 @@ def place(tmp_path, monkeypatch, encoding):
 
 @pytest.fixture(scope="session")
 def oracle():
-    """text -> ids from Hugging Face tokenizers, where the names of special tokens are ordinary text."""
+    """Return text -> ids, by Hugging Face tokenizers, with the names of special tokens as ordinary text."""
     tokenizer = Tokenizer.from_str(tokenizer_json()[0].decode())
     tokenizer.encode_special_tokens = True
     return lambda text: tokenizer.encode(text).ids
@@ -55,48 +55,47 @@ def prepare(*flags):
 
 
 def failure(capsys, *flags):
-    """(exit code, the error line) of a run that fails."""
+    """Return (exit code, the error line) of a run that fails."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         prepare(*flags)
-    code, said = exit.value.code, capsys.readouterr().err
-    code, said = (1, said + code) if isinstance(code, str) else (code, said)
-    assert said.count("\n") <= 1, said
-    return code, said
+    code, line = exit.value.code, capsys.readouterr().err
+    code, line = (1, line + code) if isinstance(code, str) else (code, line)
+    assert line.count("\n") <= 1, line
+    return code, line
 
 
 def load(folder):
-    """(meta, {split: [ids of each document]}) of a dataset. Checks that its files and meta.json agree."""
+    """Return (meta, {split: [ids of each document]}) of a dataset. Check that its files and meta.json agree."""
     meta = json.loads(Path(folder, "meta.json").read_text())
     assert meta["dtype"] == "uint16" and meta["vocab_size"] == 49_152
-    found = {}
+    splits = {}
     for split in ("train", "val"):
-        content = Path(folder, f"{split}.bin").read_bytes()
-        ids = np.frombuffer(content, dtype="<u2")
-        assert meta[split]["sha256"] == hashlib.sha256(content).hexdigest()
+        ids = np.fromfile(Path(folder, f"{split}.bin"), "<u2")
+        assert meta[split]["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
         assert meta[split]["tokens"] == len(ids) and ids[-1] == 0 and ids.max() < 49_152
-        found[split] = [part.tolist() for part in np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]]
-        assert meta[split]["documents"] == len(found[split])
+        splits[split] = [part.tolist() for part in np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]]
+        assert meta[split]["documents"] == len(splits[split])
     names = {path.name for path in Path(folder).iterdir()} - {"input.txt", ".lock"}
     assert names == {"meta.json", "train.bin", "val.bin"}
-    return meta, found
+    return meta, splits
 
 
 def in_val(text, val_fraction=0.1):
-    """Whether the document goes to val, computed in another way: from the first 16 hex digits of its sha256."""
+    """Return whether the document goes to val, computed differently: from the first 16 hex digits of its sha256."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < val_fraction * 16**16
 
 
 def expected(texts, oracle, val_fraction=0.1):
-    """What load() must find: {split: [ids of each document]}."""
-    return {
-        split: [[*oracle(text), 0] for text in texts if in_val(text, val_fraction) == (split == "val")]
-        for split in ("train", "val")
-    }
+    """Return {split: [ids of each document]}, as load() must."""
+    splits = {"train": [], "val": []}
+    for text in texts:
+        splits["val" if in_val(text, val_fraction) else "train"].append([*oracle(text), 0])
+    return splits
 
 
 def snapshot(folder):
-    """{path: content} of every file under a folder."""
+    """Return {path: content} of every file under a folder."""
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
     return {str(path): path.read_bytes() for path in paths}
 
@@ -105,14 +104,9 @@ STORIES = [f"Story {i}: the cat sat on mat {i * i}.\r\n\tIt said\u00a0“{'é' *
 STORIES[7] += "<|endoftext|> is text."
 
 
-def write(path, content):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
 def test_the_default_dataset_is_the_standard_library_id_for_id(place, encoding, oracle, capsys):
     prepare()
-    meta, found = load("data/python")
+    meta, splits = load("data/python")
     library = Path(os.__file__).parent
     paths = [Path(path) for path in sorted(p.as_posix() for p in library.rglob("*.py"))]
     skipped = re.compile(r"/(tests?|idle_test|(site|dist)-packages)/")
@@ -122,16 +116,16 @@ def test_the_default_dataset_is_the_standard_library_id_for_id(place, encoding, 
     assert sum(map(len, texts)) > 8e6
     for split in ("train", "val"):
         mine = [text for text in texts if in_val(text) == (split == "val")]
-        assert [encoding.decode(ids[:-1]) for ids in found[split]] == mine
-        assert all(ids == [*oracle(text), 0] for ids, text in list(zip(found[split], mine, strict=True))[::4])  # slow
+        assert [encoding.decode(ids[:-1]) for ids in splits[split]] == mine
+        assert all(ids == [*oracle(text), 0] for ids, text in list(zip(splits[split], mine, strict=True))[::4])  # slow
         assert meta[split]["bytes"] == sum(len(text.encode()) for text in mine)
     digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     assert meta["sources"]["sha256"] == hashlib.sha256(digests).hexdigest()
     assert meta["tokenizer_sha256"] == hashlib.sha256(tokenizer_json()[0]).hexdigest() and meta["tokenizer"] == "base"
 
-    said = capsys.readouterr().out
-    assert tokenizer_json()[1] in said and meta["tokenizer_sha256"] in said and "tokens/s" in said
-    rows = [line.replace(",", "").split() for line in said.splitlines()]
+    output = capsys.readouterr().out
+    assert tokenizer_json()[1] in output and meta["tokenizer_sha256"] in output and "tokens/s" in output
+    rows = [line.replace(",", "").split() for line in output.splitlines()]
     for split in ("train", "val"):
         assert [split, *(str(meta[split][key]) for key in ("tokens", "bytes", "documents"))] in rows
 
@@ -145,20 +139,20 @@ ODD_TEXT = st.text(SPACES_AND_DIGITS | CHARACTERS, max_size=60) | st.lists(WORDS
 
 @settings(max_examples=300, deadline=None)
 @given(text=ODD_TEXT, size=st.integers(1, 20))
-def test_pieces_have_the_ids_of_the_whole(text, size, encoding, oracle):
+def test_pieces_have_the_ids_of_the_full_text(text, size, encoding, oracle):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_data, "CHUNK", size)
-        pieces = list(cut(io.StringIO(text, newline="")))
+        patch.setattr(prepare_data, "PIECE_CHARS", size)
+        pieces = list(cut_text(io.StringIO(text, newline="")))
     assert "".join(pieces) == text
     assert [id for piece in pieces for id in encode(encoding, piece)] == oracle(text)
 
 
 def test_pieces_are_short(monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHUNK", 100)
-    monkeypatch.setattr(prepare_data, "LONGEST", 1000)
-    words = list(cut(io.StringIO("seven77 " * 1000)))
+    monkeypatch.setattr(prepare_data, "PIECE_CHARS", 100)
+    monkeypatch.setattr(prepare_data, "MAX_PIECE_CHARS", 1000)
+    words = list(cut_text(io.StringIO("seven77 " * 1000)))
     assert "".join(words) == "seven77 " * 1000 and max(map(len, words)) <= 100 + len("seven77 ")
-    endless = list(cut(io.StringIO("x" * 10_000)))  # no safe place to cut, but memory must stay bounded
+    endless = list(cut_text(io.StringIO("x" * 10_000)))  # no safe place to cut, but memory must stay bounded
     assert "".join(endless) == "x" * 10_000 and max(map(len, endless)) == 1000
 
 
@@ -181,62 +175,65 @@ def write_parquet(texts):
     return "in.parquet"
 
 
-@pytest.mark.parametrize(
-    "write", [write_txt, lambda texts: write_txt(texts) + "/**/[0-9]*", write_jsonl, write_parquet]
-)
-def test_every_kind_of_source_gives_the_same_bins(place, oracle, write, monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHUNK", 50)
+def write_glob(texts):
+    return write_txt(texts) + "/**/[0-9]*"
+
+
+@pytest.mark.parametrize("write_texts", [write_txt, write_glob, write_jsonl, write_parquet])
+def test_every_kind_of_source_gives_the_same_bins(place, oracle, write_texts, monkeypatch):
+    monkeypatch.setattr(prepare_data, "PIECE_CHARS", 50)
     texts = ["".join(STORIES), *STORIES, *STORIES[:9]]  # a long one, and some documents twice
-    prepare(f"--dataset={write(texts)}")
-    meta, found = load("data/in")
-    assert found == expected(texts, oracle)
+    prepare(f"--dataset={write_texts(texts)}")
+    meta, splits = load("data/in")
+    assert splits == expected(texts, oracle)
     assert meta["name"] == "in" and meta["sources"]["documents"] == len(texts)
 
 
 def test_a_hub_dataset(place, oracle, monkeypatch):
-    rows = [{"text": text} for text in STORIES]
-    asked = []
+    calls = []
     monkeypatch.setattr(lib.official, "hub_problem", lambda: None)
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or rows)
+    rows = [{"text": text} for text in STORIES]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or rows)
     prepare("--dataset=some.one/stories-1", "--subset=short", "--split=all", "--max_documents=40")
-    assert asked == [(("some.one/stories-1", "short"), {"split": "all", "streaming": True})]
-    meta, found = load("data/stories-1")
-    assert found == expected(STORIES[:40], oracle)
+    assert calls == [(("some.one/stories-1", "short"), {"split": "all", "streaming": True})]
+    meta, splits = load("data/stories-1")
+    assert splits == expected(STORIES[:40], oracle)
     assert meta["sources"]["what"] == "Hub dataset some.one/stories-1, short, split all"
 
 
 def test_settings_and_splits_in_any_order(place, oracle):
-    found = {}
+    splits = {}
     for name, texts in (("one", STORIES), ("two", STORIES[::-1] + STORIES[:20])):
-        path = write_jsonl(texts, "in.jsonl", "body")
-        prepare(f"--dataset={path}", "--text_column=body", f"--name={name}", "--data_dir=a/b", "--val_fraction=0.3")
-        found[name] = load(f"a/b/{name}")[1]
-    assert found["one"] == expected(STORIES, oracle, 0.3)
+        flags = ("--text_column=body", f"--name={name}", "--data_dir=a/b", "--val_fraction=0.3")
+        prepare(f"--dataset={write_jsonl(texts, column='body')}", *flags)
+        splits[name] = load(f"a/b/{name}")[1]
+    assert splits["one"] == expected(STORIES, oracle, 0.3)
     for split in ("train", "val"):
-        assert {*map(tuple, found["one"][split])} == {*map(tuple, found["two"][split])}
+        assert {*map(tuple, splits["one"][split])} == {*map(tuple, splits["two"][split])}
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_number_of_workers_does_not_change_a_byte(place, monkeypatch, chat):
-    monkeypatch.setattr(prepare_data, "CHUNK", 100)
-    path, found = write_chats([a_conversation(i) for i in range(300)]) if chat else write_jsonl(STORIES), []
+    monkeypatch.setattr(prepare_data, "PIECE_CHARS", 100)
+    path = write_chats([a_conversation(i) for i in range(300)]) if chat else write_jsonl(STORIES)
+    snapshots = []
     for workers in (1, 2, 7):
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
         prepare(f"--dataset={path}")
-        found.append(snapshot("data"))
-    assert found[0] == found[1] == found[2] and len(found[0]) == (5 if chat else 3)
+        snapshots.append(snapshot("data"))
+    assert snapshots == [snapshots[0]] * 3 and len(snapshots[0]) == (5 if chat else 3)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8, 24, 25, 50])
 def test_a_single_document_is_cut_once_for_any_size_of_pieces(monkeypatch, chunk):
-    """Also where the border between train and val is a border between two pieces."""
-    monkeypatch.setattr(prepare_data, "CHUNK", chunk)
+    """Also if the border between train and val is a border between two pieces."""
+    monkeypatch.setattr(prepare_data, "PIECE_CHARS", chunk)
     text = "one two three four five six seven eight nine ten"
     document = Document(b"12345678", len(text), lambda: io.StringIO(text))
-    found = list(prepare_data.pieces(iter([document]), 0.5))
-    halves = {split: "".join("|" if t is None else t for s, t in found if s == split) for split in ("train", "val")}
-    assert [half.index("|") for half in halves.values()] == [len(half) - 1 for half in halves.values()]
-    assert halves["train"][:-1] + halves["val"][:-1] == text and abs(len(halves["train"]) - len(text) / 2) <= 6
+    stream = prepare_data.cut_documents(iter([document]), 0.5)
+    pieces = [(split, "|" if text is None else text) for split, text in stream]
+    train, val = ("".join(text for name, text in pieces if name == split) for split in ("train", "val"))
+    assert train[:-1] + val[:-1] == text and train[-1] == val[-1] == "|" and abs(len(train) - len(text) / 2) <= 6
 
 
 def test_copies_of_one_document_count_as_a_single_document(place, oracle, capsys):
@@ -248,12 +245,11 @@ def test_copies_of_one_document_count_as_a_single_document(place, oracle, capsys
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.999999])
 def test_few_documents_that_all_fall_into_one_split(place, val_fraction, capsys):
-    path = write_jsonl(STORIES[:5] + STORIES[:5])
-    prepare(f"--dataset={path}", f"--val_fraction={val_fraction}")
-    found = load("data/in")[1]
-    empty, other = ("val", "train") if val_fraction < 0.5 else ("train", "val")
-    assert len(found[empty]) == 2 and found[empty][0] == found[empty][1] and len(found[other]) == 8
-    assert f"fell into {empty}: the nearest one was put there" in capsys.readouterr().out
+    prepare(f"--dataset={write_jsonl(STORIES[:5] + STORIES[:5])}", f"--val_fraction={val_fraction}")
+    splits = load("data/in")[1]
+    empty, full = ("val", "train") if val_fraction < 0.5 else ("train", "val")
+    assert len(splits[empty]) == 2 and splits[empty][0] == splits[empty][1] and len(splits[full]) == 8
+    assert f"fell into {empty}: the nearest one was moved there" in capsys.readouterr().out
 
 
 def test_train_gets_the_larger_part(place, capsys):
@@ -263,14 +259,14 @@ def test_train_gets_the_larger_part(place, capsys):
         long = f"{number} words of a long document " * 200
         write_jsonl([long, "one", "two", "three", long])
         prepare("--dataset=in.jsonl", f"--val_fraction={(number + 1) / 25}")
-        meta, found = load("data/in")
-        assert meta["train"]["tokens"] > meta["val"]["tokens"] > 0
-        assert not {*map(tuple, found["train"])} & {*map(tuple, found["val"])}
-        said = capsys.readouterr().out
-        exchanged += "the two were exchanged" in said
-        assert f"val is {meta['val']['tokens'] / (meta['train']['tokens'] + meta['val']['tokens']):.1%} of all" in said
+        meta, splits = load("data/in")
+        train, val = meta["train"]["tokens"], meta["val"]["tokens"]
+        assert train > val > 0 and not {*map(tuple, splits["train"])} & {*map(tuple, splits["val"])}
+        output = capsys.readouterr().out
+        exchanged += "the two were exchanged" in output
+        assert f"val is {val / (train + val):.1%} of all" in output
     assert exchanged > 0
-    for number in range(6):  # the masks, too, change places
+    for number in range(6):  # the masks are exchanged, too
         write_chats([say(("user", f"{number} {i}?"), ("assistant", "yes")) for i in range(5)])
         prepare("--dataset=in.jsonl", "--name=chat", "--block_size=50", "--val_fraction=0.5")
         meta, _ = load_chats("data/chat", 50)
@@ -280,27 +276,26 @@ def test_train_gets_the_larger_part(place, capsys):
 
 def test_shakespeare(place, monkeypatch, oracle, capsys):
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 5
-    write("server/input.txt", text)
-    url = (place / "server/input.txt").as_uri()
+    url = Path(write("server/input.txt", text)).absolute().as_uri()
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url)
-    code, said = failure(capsys, "--dataset=shakespeare")  # this is not the real text
-    assert "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed" in said and not snapshot("data")
+    _, line = failure(capsys, "--dataset=shakespeare")  # this is not the real text
+    assert "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed" in line and not snapshot("data")
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text.encode()).hexdigest())
     prepare("--dataset=shakespeare")
-    found = load("data/shakespeare")[1]
-    assert [id for split in ("train", "val") for id in found[split][0][:-1]] == oracle(text)
+    splits = load("data/shakespeare")[1]
+    assert [id for split in ("train", "val") for id in splits[split][0][:-1]] == oracle(text)
     Path("server/input.txt").unlink()
-    prepare("--dataset=shakespeare")  # the server is gone, but input.txt is here
-    assert load("data/shakespeare")[1] == found
-    code, said = failure(capsys, "--dataset=shakespeare", "--name=again")
-    assert code == 1 and url in said and str(Path("data/again/input.txt")) in said
+    prepare("--dataset=shakespeare")  # the server is gone, but input.txt is still here
+    assert load("data/shakespeare")[1] == splits
+    code, line = failure(capsys, "--dataset=shakespeare", "--name=again")
+    assert code == 1 and url in line and str(Path("data/again/input.txt")) in line
 
 
 # ---- an earlier dataset survives failures and kills, and there is one writer at a time
 
 
 def at_call(nth, act, monkeypatch):
-    """Act before the nth flush or rename: text has 3 flushes, conversations 5, and then come renames and flushes."""
+    """Act before the nth flush or rename. Text has 3 flushes, conversations 5; renames and flushes follow."""
     calls = itertools.count(1)
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -309,7 +304,7 @@ def at_call(nth, act, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("nth", range(1, 10))
-def test_sigkill_leaves_a_whole_dataset_or_none(place, monkeypatch, nth):
+def test_sigkill_leaves_a_complete_dataset_or_none(place, monkeypatch, nth):
     """Before the renames the earlier dataset is untouched. Between them meta.json is missing, so no one reads a mix."""
     path = write_jsonl(STORIES)
     prepare(f"--dataset={path}", "--max_documents=30")
@@ -331,8 +326,8 @@ def test_sigkill_leaves_a_whole_dataset_or_none(place, monkeypatch, nth):
 
 def test_a_second_run_into_the_same_name_is_refused(place, capsys):
     with owned_folder("data/in", "name"):
-        code, said = failure(capsys, f"--dataset={write_jsonl(STORIES)}")
-    assert code == 1 and re.fullmatch(r"error: data.in is in use by another process: .* --name or --data_dir", said)
+        code, line = failure(capsys, f"--dataset={write_jsonl(STORIES)}")
+    assert code == 1 and re.fullmatch(r"error: data.in is in use by another process: .* --name or --data_dir", line)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # some file systems report it only when a file is flushed
@@ -352,16 +347,12 @@ def test_a_failed_run_leaves_the_earlier_dataset_untouched(place, monkeypatch, c
     prepare(f"--dataset={path}", "--max_documents=40")
     before = snapshot("data")
     at_call(nth, fail, monkeypatch)
-    got, said = failure(capsys, f"--dataset={path}")
-    assert got == code and re.fullmatch(line, said.strip()) and snapshot("data") == before
-
-
-def say(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
+    result, output = failure(capsys, f"--dataset={path}")
+    assert result == code and re.fullmatch(line, output.strip()) and snapshot("data") == before
 
 
 def a_conversation(i):
-    """Of 30 to 150 tokens; every fifth has two turns and every eleventh is longer than a row of 201 ids."""
+    """Return one of 30 to 150 tokens. Every fifth has two turns, every eleventh is longer than a row of 201 ids."""
     turns = [("user", f"What is {i} + {i}?  Say it in é."), ("assistant", f"It is {2 * i}." + " Really." * (i % 7))]
     turns += [("user", "Sure?"), ("assistant", "é" * (i % 3) + "\nYes 😀")] if i % 5 == 0 else []
     turns += [("user", "Go on."), ("assistant", "on and on " * 60)] if i % 11 == 0 else []
@@ -377,24 +368,28 @@ def write_chats(chats=CHATS, path="in.jsonl", key="messages"):
 
 
 def load_chats(folder, block_size):
-    """(meta, {split: sorted [(ids, mask) of each conversation]}). Checks that the five files and meta.json agree."""
-    train, val, meta = open_data(Path(folder).name, 49_152, block_size, Path(folder).parent)
-    found = {"train": [], "val": []}
-    for split, data in (("train", train), ("val", val)):
+    """Return (meta, {split: sorted [(ids, mask) of each conversation]}). Check that the five files agree."""
+    *splits, meta = open_data(Path(folder).name, 49_152, block_size, Path(folder).parent)
+    chats = {"train": [], "val": []}
+    for split, data in zip(chats, splits, strict=True):
         rows = zip(data.ids.reshape(-1, block_size + 1), data.mask.reshape(-1, block_size + 1), strict=True)
         for ids, mask in rows:
-            used = np.flatnonzero(ids)[-1] + 1
+            *borders, used = borders_of(ids)
             assert ids[:used].all() and not mask[used:].any()
-            starts = [at for at in np.flatnonzero(ids == 1) if ids[at + 1] == 9690]  # "system"
-            for at, end in zip(starts, [*starts[1:], used], strict=True):
-                found[split].append((ids[at:end].tolist(), mask[at:end].tolist()))
+            for start, end in itertools.pairwise([*borders, used]):
+                chats[split].append((ids[start:end].tolist(), mask[start:end].tolist()))
         counts = meta[split]
-        assert counts["documents"] == len(found[split]) and counts["padding"] == (data.ids == 0).sum()
+        assert counts["documents"] == len(chats[split]) and counts["padding"] == (data.ids == 0).sum()
         assert counts["tokens"] == len(data.ids) and counts["loss_tokens"] == data.mask.sum()
-        assert counts["sha256"] == sha256_of(Path(folder, f"{split}.bin"))
-        assert counts["mask_sha256"] == sha256_of(Path(folder, f"{split}_mask.bin"))
-        found[split].sort()
-    return meta, found
+        for kind in ("", "mask_"):
+            assert counts[f"{kind}sha256"] == sha256_of(Path(folder, f"{split}_{kind}".strip("_") + ".bin"))
+        chats[split].sort()
+    return meta, chats
+
+
+def borders_of(row):
+    """Return the index of each conversation's first id in a row, and the length of the row without its padding."""
+    return [*(i for i in np.flatnonzero(row == 1) if row[i + 1] == 9690), np.flatnonzero(row)[-1] + 1]  # "system"
 
 
 def test_conversations(place, encoding, capsys):
@@ -402,51 +397,51 @@ def test_conversations(place, encoding, capsys):
     left_out = [say(("user", "Anyone?")), say(("user", "word " * 300), ("assistant", "too late")), say(("user", ""))]
     left_out += [say(("user", "Hm?"), ("assistant", " ")), say(("user", "Hm?"), ("tool", "call"))]
     prepare(f"--dataset={write_chats(chats + left_out)}", "--block_size=200", "--val_fraction=0.2")
-    meta, found = load_chats("data/in", 200)
+    meta, splits = load_chats("data/in", 200)
     assert meta["block_size"] == 200 and meta["sources"]["documents"] == len(chats) + 3
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for split in ("train", "val"):
         mine = [chat_ids(encoding, chat) for chat in chats if in_val(json.dumps(chat), 0.2) == (split == "val")]
-        assert found[split] == sorted((list(ids[:201]), list(mask[:201])) for ids, mask in mine)
+        assert splits[split] == sorted((list(ids[:201]), list(mask[:201])) for ids, mask in mine)
         counts = meta[split]
         assert counts["cut"] == sum(len(ids) > 201 for ids, _ in mine) >= (split == "train")
-        learnt = [id for ids, mask in found[split] for id, one in zip(ids, mask, strict=True) if one and id > 16]
-        assert counts["bytes"] == sum(map(len, encoding.decode_tokens_bytes(learnt)))
+        learned = [id for ids, mask in splits[split] for id, one in zip(ids, mask, strict=True) if one and id > 16]
+        assert counts["bytes"] == sum(map(len, encoding.decode_tokens_bytes(learned)))
         assert counts["padding"] / counts["tokens"] < 0.2
         row = [f"{counts[key]:,}" for key in ("tokens", "bytes", "documents", "loss_tokens", "padding", "cut")]
-        assert [split, *row] in [line.split() for line in said.splitlines()]
-    assert "note: 2 conversations without an assistant's answer to learn were left out\n" in said
-    assert "note: 1 empty answers are not learned\n" in said
-    assert "note: 1 conversations with tool calls were left out\n" in said
-    assert "note: 1 conversations with no answer before the row's end were left out: raise --block_size" in said
-    assert "note: 1 empty documents were left out" in said and "--block_size=200" in said
+        assert [split, *row] in [line.split() for line in output.splitlines()]
+    for note in (
+        "2 conversations without an assistant's answer to learn were left out", "1 empty answers are not learned",
+        "1 conversations with tool calls were left out", "1 empty documents were left out",
+        "1 conversations with no answer before the row's end were left out: raise --block_size",
+    ):  # fmt: skip
+        assert f"note: {note}\n" in output
+    assert "train with --block_size=200\n" in output
 
 
 def test_messages_that_are_not_learned(place, encoding):
-    """Of 80 conversations with two answers, the first of each is not learned; it is part of what the hash covers."""
+    """Of 80 conversations with two answers, the first of each is not learned, but it is hashed."""
     chats = [say(("user", f"{i}?"), ("assistant", "no"), ("user", "?"), ("assistant", f"{i}!")) for i in range(80)]
     chats = [[one | ({"weight": 0} if one["content"] == "no" else {}) for one in chat] for chat in chats]
     prepare(f"--dataset={write_chats(chats)}")
-    _, found = load_chats("data/in", 512)
-    assert len(found["val"]) == sum(in_val(json.dumps(chat)) for chat in chats)
-    for ids, mask in found["train"] + found["val"]:
+    _, splits = load_chats("data/in", 512)
+    assert len(splits["val"]) == sum(in_val(json.dumps(chat)) for chat in chats)
+    for ids, mask in splits["train"] + splits["val"]:
         learned = encoding.decode([id for id, one in zip(ids, mask, strict=True) if one])
         assert re.fullmatch(r"\d+!<\|im_end\|>", learned) and encoding.decode(ids).count("no<|im_end|>") == 1
 
 
 def test_a_row_begins_with_any_of_its_conversations(place, encoding):
-    """Not with the longest, as first fit packs them: in the order of their hashes."""
+    """They are in the order of their hashes. First fit puts the longest first."""
     chats = [a_conversation(i) for i in range(300)]
     prepare(f"--dataset={write_chats(chats)}")
     hashes = {tuple(chat_ids(encoding, chat)[0]): hashlib.sha256(json.dumps(chat).encode()).digest() for chat in chats}
-    ids, rows = np.fromfile("data/in/train.bin", "<u2").reshape(-1, 513), 0
-    for row in ids:
-        starts = [at for at in np.flatnonzero(row == 1) if row[at + 1] == 9690]
-        ends = [*starts[1:], np.flatnonzero(row)[-1] + 1]
-        order = [hashes.get(tuple(row[at:end].tolist()), b"") for at, end in zip(starts, ends, strict=True)]
+    long_rows = 0
+    for row in np.fromfile("data/in/train.bin", "<u2").reshape(-1, 513):
+        order = [hashes.get(tuple(row[a:b].tolist()), b"") for a, b in itertools.pairwise(borders_of(row))]
         assert order == sorted(order)
-        rows += len(order) > 2
-    assert rows > 20
+        long_rows += len(order) > 2
+    assert long_rows > 20
 
 
 def test_conversations_after_text_and_text_after_conversations(place, oracle):
@@ -459,27 +454,25 @@ def test_conversations_after_text_and_text_after_conversations(place, oracle):
     assert load("data/in")[1] == expected(STORIES, oracle)  # no masks are left
 
 
-def test_questions_about_python(place, monkeypatch, capsys):
-    library = Path(os.__file__).parent
-    files = [library / name for name in ("argparse.py", "pydoc_data/topics.py", "random.py")]
-    monkeypatch.setattr(prepare_data, "standard_library", lambda: files)
+def test_questions_about_python(place, monkeypatch):
+    names = ("argparse.py", "pydoc_data/topics.py", "random.py")
+    monkeypatch.setattr(prepare_data, "list_standard_library", lambda: [Path(os.__file__).parent / n for n in names])
     prepare("--dataset=python_chat")
-    meta, found = load_chats("data/python_chat", 512)
-    assert meta["sources"]["identity"] == "python_chat" and meta["sources"]["documents"] > 80
-    assert sum(map(len, found.values())) == meta["sources"]["documents"]
+    meta, splits = load_chats("data/python_chat", 512)
+    assert meta["sources"]["identity"] == "python_chat"
+    assert sum(map(len, splits.values())) == meta["sources"]["documents"] > 80
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_memory_grows_with_neither_document_nor_corpus(place, monkeypatch, suffix):
-    for module, name in ((prepare_data, "CHUNK"), (lib.text, "CHUNK"), (lib.text, "SAMPLE")):
+    for module, name in ((prepare_data, "PIECE_CHARS"), (lib.text, "CHUNK_CHARS"), (lib.text, "SAMPLE_BYTES")):
         monkeypatch.setattr(module, name, 2**13)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     peaks = []
+    sentences = "The quick brown fox, aged 42, jumps over it.\n" * 20
     for repeats in (100, 1000):
-        sentences = "The quick brown fox, aged 42, jumps over it.\n" * 20
-        rows = [json.dumps({"text": f"{i} {sentences}"}) for i in range(repeats)]
-        Path(f"in{suffix}").write_text(sentences * repeats if suffix == ".txt" else "\n".join(rows))
-        del rows
+        rows = (json.dumps({"text": f"{i} {sentences}"}) for i in range(repeats))
+        write(f"in{suffix}", sentences * repeats if suffix == ".txt" else "\n".join(rows))
         tracemalloc.start()
         prepare(f"--dataset=in{suffix}", f"--name=n{repeats}")
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -487,8 +480,7 @@ def test_memory_grows_with_neither_document_nor_corpus(place, monkeypatch, suffi
     assert peaks[1] - peaks[0] < 200_000  # of 900,000 more
 
 
-# ---- errors: one line that names the thing, the cause and the way out; nothing on disk changes
-
+# ---- errors: one line with the object, the cause and what to do next; nothing on disk changes
 
 ERRORS = {  # name: (function that writes files, flags, exit code, phrases in the error line)
     "typo": (None, ["--dataset=shakespear"], 2, ["shakespear:", "did you mean shakespeare?"]),
@@ -521,10 +513,9 @@ def test_errors(place, capsys, case):
     if write_files:
         write_files()
     before = snapshot(place)
-    got, said = failure(capsys, *flags)
-    assert got == code and said.startswith("error: ") and len(said.strip().splitlines()) == 1, said
-    for phrase in phrases:
-        assert phrase in said
+    result, line = failure(capsys, *flags)
+    assert result == code and line.startswith("error: ") and len(line.strip().splitlines()) == 1, line
+    assert all(phrase in line for phrase in phrases), line
     assert snapshot(place) == before and not list(place.glob("data/*/"))
 
 
@@ -538,36 +529,34 @@ def test_brackets_and_a_tilde_in_paths(place, oracle, monkeypatch):
         assert load(f"home/out/n{number}")[1] == expected(STORIES, oracle)
 
 
-def test_the_notes_say_what_happened_to_the_text(place, encoding, capsys):
+def test_notes(place, encoding, capsys):
     french = "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, je m’endormais.\n"
     contents = {
-        "a.txt": french.encode("cp1252") * 9,
-        "b.txt": french.encode("cp1252") * 8,
+        "a.txt": french.encode("cp1252") * 9, "b.txt": french.encode("cp1252") * 8, "empty.py": b"", "main.c": b"x",
         "broken.txt": french.encode() * 9 + b"caf\xe9 \xf0\x9f\x98 \xff\xfe end",
         "d.jsonl": '{"text": "row", "id": 1}\n{"body": "x"}\n',
         "odd.txt": "a<|endoftext|>\n<|im_start|>user\nHi<|endoftext|>\x04\x06 \U00050000 \U0001d800",
-        "empty.py": b"",
-        "main.c": b"x",
-    }
+    }  # fmt: skip
     for name, content in contents.items():
         write(f"f/{name}", content)
-    prepare("--dataset=f", "--val_fraction=0.4")
-    said = capsys.readouterr().out
+    prepare("--dataset=f", "--val_fraction=0.4", "--block_size=9")
+    output = capsys.readouterr().out
     for line in (
         f"read as cp1252, guessed: {Path('f/a.txt')} and 1 more",
         "left out: 1 .c",
         "columns: text; not read: id (1 rows)",
         "note: 2 <|endoftext|> are ordinary text here: make each document a file or a row of .jsonl",
         "note: 1 <|im_start|> are ordinary text here: write a conversation as messages, in a row of .jsonl",
-        "note: 3 bytes that have no token were left out: rare control characters, or not assigned in Unicode",
+        "note: 3 bytes without a token were left out: rare control characters, or not assigned in Unicode",
         f"note: 1 rows were left out: {Path('f/d.jsonl')}, line 2: no column text, only body",
         "note: 1 empty documents were left out",
-        f"note: 6 bytes that cannot be decoded became U+FFFD, the first in {Path('f/broken.txt')}",
+        "note: block_size has no effect: these rows are plain text, not conversations",
+        f"note: 6 undecodable bytes became U+FFFD, the first in {Path('f/broken.txt')}",
     ):
-        assert f"{line}\n" in said
-    meta, found = load("data/f")
-    for split, sizes in found.items():
-        assert meta[split]["bytes"] == token_sizes(encoding, 49_152)[[id for ids in sizes for id in ids]].sum()
+        assert f"{line}\n" in output
+    meta, splits = load("data/f")
+    for split, documents in splits.items():
+        assert meta[split]["bytes"] == token_sizes(encoding, 49_152)[sum(documents, [])].sum()
 
 
 def test_a_file_name_that_is_not_utf8(place, capsys):
@@ -575,22 +564,21 @@ def test_a_file_name_that_is_not_utf8(place, capsys):
     write(f"a/{name}", "".join(STORIES).encode() + b"\xff")
     prepare(f"--dataset=a/{name}")
     prepare(f"--dataset=a/{name}")
-    said = capsys.readouterr().out
-    assert "text: a/caf\\udce9.txt\n" in said and "became U+FFFD, the first in a/caf\\udce9.txt\n" in said
+    output = capsys.readouterr().out
+    assert "text: a/caf\\udce9.txt\n" in output and "became U+FFFD, the first in a/caf\\udce9.txt\n" in output
     meta = json.loads(Path("data/caf\ufffd/meta.json").read_text(encoding="ascii"))
     assert meta["sources"]["what"] == f"a/{name}" and meta["train"]["tokens"] > 1000
 
 
-def test_another_text_of_the_same_name_is_refused(place, capsys):
+def test_different_text_of_the_same_name_is_refused(place, capsys):
     write("a/input.txt", "".join(STORIES))
     write("b/input.txt", "".join(STORIES[::-1] * 2))
     prepare("--dataset=a/input.txt")
     prepare("--dataset=./a/../a/input.txt", "--val_fraction=0.2")  # the same text again
     before = snapshot("data")
-    code, said = failure(capsys, "--dataset=b/input.txt")
-    assert code == 2 and said.startswith(f"error: {Path('data/input')} was made from another text, ")
-    assert "a/input.txt" in said and "--name=" in said and "--overwrite" in said
-    assert snapshot("data") == before
+    code, line = failure(capsys, "--dataset=b/input.txt")
+    assert code == 2 and line.startswith(f"error: {Path('data/input')} was made from different text, ")
+    assert "a/input.txt" in line and "--name=" in line and "--overwrite" in line and snapshot("data") == before
     prepare("--dataset=b/input.txt", "--name=b_input")
     prepare("--dataset=b/input.txt", "--overwrite=True")
     assert load("data/input")[1] == load("data/b_input")[1]

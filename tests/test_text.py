@@ -16,11 +16,11 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from networks import refusal
+from networks import refusal, say, write
 
 import lib.official
 import lib.text
-from lib.text import PLAIN, ROWS, documents, find_files, messages_of
+from lib.text import ROWS, TEXT_SUFFIXES, find_files, read_conversation, read_documents
 from prepare_data import PrepareConfig
 
 STORIES = [f"Story {i}: the cat sat on mat {i * i}.\r\n\tIt said\u00a0“{'é' * i}”  again.\n\n" for i in range(20)]
@@ -29,16 +29,16 @@ STORY_ROWS = [{"id": i, "text": text} for i, text in enumerate(STORIES)]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """A folder to run in."""
+    """Run in a temporary folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def read(*paths, **settings):
-    """(texts or messages, sources) of files, or of the Hub dataset some/stories if no path is given."""
+    """Return (strings or messages, sources) of files, or of the Hub dataset some/stories without a path."""
     sources, items = collections.defaultdict(int), []
     config = PrepareConfig(dataset="some/stories", **settings)
-    for document in documents([Path(path) for path in paths] or None, config, sources):
+    for document in read_documents([Path(path) for path in paths] or None, config, sources):
         if document.messages is None:
             for _ in range(2):  # a document can be opened again
                 with document.open() as file:
@@ -50,14 +50,8 @@ def read(*paths, **settings):
     return items, {name: count for name, count in sources.items() if count}
 
 
-def write(path, content):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def write_rows(rows, path):
-    """A list of dicts in the format that the suffix says."""
+    """Write a list of dicts in the format of the suffix."""
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
@@ -70,7 +64,7 @@ def write_rows(rows, path):
     return write(path, json.dumps(rows, indent=1) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize("suffix", [*PLAIN, *ROWS, "", ".TXT", ".JSONL", ".TSV"])
+@pytest.mark.parametrize("suffix", [*TEXT_SUFFIXES, *ROWS, "", ".TXT", ".JSONL", ".TSV"])
 def test_every_format_gives_the_same_documents(suffix):
     if suffix.lower() in ROWS:
         paths = [write_rows(STORY_ROWS, f"in{suffix}")]
@@ -88,9 +82,9 @@ def test_compressed_files(suffix):
     plain, compress = f"in{Path(suffix).stem}", COMPRESSED[suffix].compress
     path = write(plain, "".join(STORIES)) if plain == "in.txt" else write_rows(STORY_ROWS, plain)
     content = Path(path).read_bytes()
-    whole = compress(content[:99]) + compress(content[99:])  # two members, as `cat a.gz b.gz` makes
-    assert read(write(f"in{suffix}", whole))[0] == (["".join(STORIES)] if plain == "in.txt" else STORIES)
-    assert f"cut{suffix} cannot be used (" in refusal(read, write(f"cut{suffix}", whole[:-9]))
+    complete = compress(content[:99]) + compress(content[99:])  # two members, as `cat a.gz b.gz` makes
+    assert read(write(f"in{suffix}", complete))[0] == (["".join(STORIES)] if plain == "in.txt" else STORIES)
+    assert f"cut{suffix} cannot be used (" in refusal(read, write(f"cut{suffix}", complete[:-9]))
 
 
 def test_json_in_many_forms():
@@ -117,7 +111,7 @@ def test_csv_as_spreadsheets_write_it():
 
 FRENCH = "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux se fermaient.\r\n"
 JAPANESE = "こんにちは世界。これは日本語のテキストです。\n"
-ENCODINGS = {  # its name: as which it is noted
+ENCODINGS = {  # name: name in the note
     "utf-8": None, "utf-16-le": "utf-16", "utf-16-be": "utf-16", "utf-32-le": "utf-32", "utf-32-be": "utf-32",
     "cp1252": "cp1252, guessed", "cp932": "cp932, guessed",
 }  # fmt: skip
@@ -138,7 +132,7 @@ def test_encodings(encoding, suffix):
 
 
 def test_the_first_byte_beyond_ascii_may_come_late():
-    """Further in than the first sample, so the first sample tells nothing."""
+    """The first sample of the file is ASCII, and fits every encoding."""
     text = "plain words, line after line\n" * 80_000 + FRENCH * 3
     assert read(write("late.txt", text.encode("cp1252")))[0] == [text]
     good = FRENCH.encode() * (2**21 // len(FRENCH.encode()))
@@ -146,23 +140,13 @@ def test_the_first_byte_beyond_ascii_may_come_late():
     assert texts == [good.decode() + "\ufffd" * 100] and sources["undecodable_bytes"] == 100
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ""])
-@pytest.mark.parametrize("content", [gzip.compress(b"text"), b"PAR1\0\0"], ids=["without NUL", "NUL"])
-def test_binaries_under_a_text_suffix(content, suffix):
-    assert f"a{suffix}: a binary file, not text: convert it" in refusal(read, write(f"a{suffix}", content))
-
-
 def test_odd_bytes_in_text_files():
     contents = {
-        "bom.txt": b"\xef\xbb\xbfmark",
-        "crlf.md": b"a\r\nb\rc\n",
-        "empty.py": b"",
-        "broken.txt": "é“”ü€".encode() * 60 + b"caf\xe9 \xf0\x9f\x98 \xff\xfe end",
-        "only_bom.txt": b"\xef\xbb\xbf",
-        "white.txt": b" \n ",
-    }
+        "bom.txt": b"\xef\xbb\xbfmark", "crlf.md": b"a\r\nb\rc\n", "empty.py": b"", "only_bom.txt": b"\xef\xbb\xbf",
+        "broken.txt": "é“”ü€".encode() * 60 + b"caf\xe9 \xf0\x9f\x98 \xff\xfe end", "white.txt": b" \n ",
+    }  # fmt: skip
     texts, sources = read(*(write(path, content) for path, content in contents.items()))
-    # The texts are what errors="replace" gives, without the byte-order mark and with the line ends kept.
+    # As with errors="replace", without the byte-order mark and with the line ends kept.
     assert texts == [text for b in contents.values() if (text := b.decode("utf-8-sig", errors="replace"))]
     assert sources == {"empty_documents": 2, "undecodable_bytes": 6, "first_undecodable": "broken.txt"}
 
@@ -181,25 +165,26 @@ def test_odd_rows_in_jsonl_files():
 
 
 def test_rows_without_the_column_are_counted(monkeypatch):
-    monkeypatch.setattr(lib.text, "PATIENCE", 3)
+    monkeypatch.setattr(lib.text, "MAX_ROWS_WITHOUT_TEXT", 3)
     rows = [{"body": "x"}, {"body": "x"}, {"text": "a"}, {"text": 3}, {}, [1], {"text": None}]
     write("a.jsonl", "\n".join(map(json.dumps, rows)))
     texts, sources = read("a.jsonl")
     assert texts == ["a"] and sources["empty_documents"] == 1 and sources["rows_left_out"] == 5
     assert sources["first_row_left_out"] == "a.jsonl, line 1: no column text, only body"
     write("b.jsonl", '{"body": "x"}\n' * 3 + "not JSON, but this is not reached")
-    assert "line 1: no column text, only body: repair the rows, or name other columns: --text_col" in refusal(
-        read, "b.jsonl"
-    )
+    assert "line 1: no column text, only body: repair the rows, or choose" in refusal(read, "b.jsonl")
     texts, sources = read(write("package.json", "{}"), write("a.txt", "a"))
     assert texts == ["a"] and sources["rows_left_out"] == 1
 
 
-# ---- errors: one line that names the file, the row, the cause and the way out
+# ---- errors: one line with the file, the row, the cause and what to do next
 
 
 ERRORS = {  # name: (path, content, words in the error line)
     "missing file": ("gone.txt", None, "gone.txt cannot be used (No such file"),
+    "binary": ("a.txt", gzip.compress(b"text"), "a.txt: a binary file, not text: convert it"),
+    "rows with NUL": ("a.jsonl", b"PAR1\0\0", "a.jsonl: a binary file, not text: convert it"),
+    "no suffix": ("a", b"PAR1\0\0", "a: a binary file, not text: convert it"),
     "no column": ("d/b.jsonl", '\n\n{"body": "b", "id": 1}\n{"id": 2}', "line 3: no column text, only body, id: rep"),
     "not text": ("a.jsonl", '{"text": 3}', "a.jsonl, line 1: column text holds 3, not text: repair the rows"),
     "not an object": ("a.jsonl", "[1]", "a.jsonl, line 1: is [1], not an object"),
@@ -208,8 +193,8 @@ ERRORS = {  # name: (path, content, words in the error line)
     "array cut off": ("a.json", '[{"text": "a"}, ', "a.json cannot be used (Expecting value: line 1 column 1"),
     "open quote": ("a.csv", 'text\n"a\nb\nc\n', "a.csv, line 2 cannot be used (unexpected end of data)"),
     "commas": ("a.csv", 'text,n\n"a\nb",1\nc, d,2\n', "a.csv, line 4 cannot be used (3 fields, but the header has 2)"),
-    "few fields": ("a.csv", "n,text\n1\n", "a.csv, line 2 cannot be used (1 fields, but the header has 2): write a"),
-    "quote": ("a.tsv", 'n\tt\n1\tb\n2\t"c\n3\td\n4\te"\n', "a.tsv, line 3 cannot be used (a quote opens here and t"),
+    "few fields": ("a.csv", "n,text\n1\n", "a.csv, line 2 cannot be used (1 fields, but the header has 2): quote e"),
+    "quote": ("a.tsv", 'n\tt\n1\tb\n2\t"c\n3\td\n4\te"\n', "a.tsv, line 3 cannot be used (a quote opens here and s"),
     "role": ("a.jsonl", '{"messages": [{"role": "he", "content": ""}]}', "message 1 has the role 'he', none of sys"),
     "weight": ("a.jsonl", '{"messages": [{"role": "user", "weight": 2}]}', "message 1 has a weight or train of [2"),
     "history": ("a.jsonl", '{"instruction": "a", "output": "b", "history": ["c"]}', "column history holds ['c'], n"),
@@ -246,21 +231,14 @@ def test_hub_datasets_are_streamed_by_the_datasets_library(place, monkeypatch):
     assert calls == [("some/stories", (None,), {"split": "train", "streaming": True})]
     assert "Hub dataset some/stories, split no_such cannot be used" in refusal(lambda: read(split="no_such"))
     assert "--subset" in refusal(lambda: read(subset="no_such"))
-    line = refusal(lambda: read(text_column="body"))
-    assert (
-        "some/stories, row 1: no column body, only id, text: repair the rows, or name other columns: --text_column"
-        in line
-    )
+    words = "some/stories, row 1: no column body, only id, text: repair the rows, or choose different columns: --text"
+    assert words in refusal(lambda: read(text_column="body"))
     write_rows(STORY_ROWS, "in.parquet")
     for library, paths in (("datasets", []), ("pyarrow.parquet", ["in.parquet"])):
         monkeypatch.setitem(sys.modules, library, None)
         assert f"pip install {library.split('.')[0]}" in refusal(read, *paths)
     monkeypatch.setattr(lib.official, "hub_problem", lambda: "no answer in 3 s")
     assert "some/stories: no such path, and the Hub cannot be reached (no answer in 3 s)" in refusal(read)
-
-
-def say(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 ONE = say(("user", "1 + 1?"), ("assistant", "2"))
@@ -274,13 +252,11 @@ CHATS = {  # name: (row, messages)
     "messages": ({"messages": ONE, "prompt": "other", "completion": "other"}, ONE),
     "sharegpt": ({"conversations": SHAREGPT}, ONE),
     "roles under conversations": ({"conversations": ONE}, ONE),
-    "sharegpt's roles under messages": ({"messages": say(("human", "1 + 1?"), ("gpt", "2"))}, ONE),
     "other roles": ({"messages": say(("User", "1 + 1?"), ("Model", "2"))}, ONE),
     "developer": ({"messages": say(("developer", "Be brief."), ("HUMAN", "1 + 1?"), ("bot", "2"))}, SYSTEM + ONE),
     "alpaca": ({"instruction": "1 + 1?", "input": "", "output": "2"}, ONE),
     "alpaca's input": ({"instruction": "1", "input": "+ 1?", "output": "2"}, [say(("user", "1\n\n+ 1?"))[0], ONE[1]]),
     "alpaca's history": (ALPACA | {"history": [["1 + 1?", "2"]]}, [*ONE, *FIRST[2:]]),
-    "no input": ({"instruction": "1 + 1?", "output": "2"}, ONE),
     "alpaca and its text": ({"instruction": "1 + 1?", "input": None, "output": "2", "text": "Below is 1 + 1?"}, ONE),
     "prompt": ({"prompt": "1 + 1?", "completion": "2", "id": 7}, ONE),
     "prompt of messages": ({"prompt": ONE[:1], "completion": ONE[1:]}, ONE),
@@ -305,33 +281,25 @@ CHATS = {  # name: (row, messages)
 
 @pytest.mark.parametrize("name", CHATS)
 def test_columns_decide(name):
-    row, messages = CHATS[name]
-    assert messages_of(row, PrepareConfig())[0] == messages
+    assert read_conversation(CHATS[name][0], PrepareConfig())[0] == CHATS[name][1]
 
 
-def test_what_is_not_read_is_counted():
+def test_columns_and_fields_that_are_not_read_are_counted():
     asked = {"role": "user", "content": "1 + 1?", "name": "Ann"}
-    rows = [
-        {"messages": [asked, ONE[1]], "system": "a", "id": 1},
-        {"messages": SYSTEM + ONE, "system": "b", "id": None},
-    ]
+    rows = [{"messages": [asked, ONE[1]], "system": "a", "id": 1}, {"messages": SYSTEM + ONE, "system": "b", "id": []}]
     columns = {"read": {"messages": 2, "system": 1}, "not_read": {"id": 1, "system": 1, "messages.name": 1}}
     assert read(write_rows(rows, "in.jsonl"))[1] == {"columns": columns}
     rows = [{"messages": CALL}] * 2 + [{"question": "1 + 1?", "answer": "2"}, {"question": "1?", "answer": None}]
-    found, sources = read(write_rows(rows, "in.jsonl"))
-    assert found == [ONE, [say(("user", "1?"))[0], {"role": "assistant", "content": "", "weight": 0}]]
+    chats, sources = read(write_rows(rows, "in.jsonl"))
+    assert chats == [ONE, [say(("user", "1?"))[0], {"role": "assistant", "content": "", "weight": 0}]]
     assert sources["with_tool_calls"] == 2 and sources["empty_answers"] == 1
-
-
-@pytest.mark.parametrize("path", ["in.jsonl", "in.json", "in.parquet"])
-def test_conversations_of_every_format(path):
-    for name in ("messages", "sharegpt", "alpaca", "question"):
-        assert read(write_rows([CHATS[name][0]] * 9, path))[0] == [ONE] * 9
 
 
 def test_a_conversation_comes_before_text_and_named_columns_before_both():
     rows = [{"text": "t", "question": "1 + 1?", "answer": "2", "prompt": "a", "completion": "b"}] * 9
-    for path in ("in.jsonl", "in.parquet"):
+    for path in ("in.json", "in.jsonl", "in.parquet"):
+        for name in ("messages", "sharegpt", "alpaca", "question"):
+            assert read(write_rows([CHATS[name][0]] * 9, path))[0] == [ONE] * 9
         write_rows(rows, path)
         assert read(path, text_column="text")[0] == ["t"] * 9
         assert read(path)[0] == [say(("user", "a"), ("assistant", "b"))] * 9
@@ -346,35 +314,30 @@ def test_one_kind_in_a_folder():
     assert "notes.txt: is text, but a conversation came before it" in refusal(read, chat, text)
 
 
-TREE = {  # path: taken?
+TREE = {  # path: is it read?
     "LICENSE": True, "a.txt": True, "b.md": True, "deep/c.rst": True, "deep/old.txt.gz": True, "page.html": True,
     "main.c": False, "deep/x.C": False, "x.h": False, "p.png": False, "program": False, "paper.pdf": False,
     ".hidden.txt": False, ".git/notes.txt": False, "node_modules/m/readme.md": False, "node_modules/b.js": False,
 }  # fmt: skip
+READ = [path for path, is_read in TREE.items() if is_read]
 
 
-TAKEN = [path for path, taken in TREE.items() if taken]
+PATTERNS = {  # pattern, suffixes: the files to read
+    ("f", ""): READ, ("f/**/*", ""): READ,
+    ("f", ".c, h,.json"): [*READ, "main.c", "deep/x.C", "x.h"], ("f", "all"): [*READ, "main.c", "deep/x.C", "x.h"],
+    ("f/*.c", ""): ["main.c"], ("f/node_modules/*/*.md", ""): ["node_modules/m/readme.md"],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "pattern, suffixes, taken",
-    [
-        ("f", "", TAKEN),
-        ("f/**/*", "", TAKEN),
-        ("f", ".c, h,.json", [*TAKEN, "main.c", "deep/x.C", "x.h"]),
-        ("f", "all", [*TAKEN, "main.c", "deep/x.C", "x.h"]),
-        ("f/*.c", "", ["main.c"]),  # the suffix in a glob counts, too
-        ("f/node_modules/*/*.md", "", ["node_modules/m/readme.md"]),
-    ],
-)
-def test_files_of_a_folder_and_what_it_leaves_out(pattern, suffixes, taken):
+@pytest.mark.parametrize("pattern, suffixes", PATTERNS)
+def test_files_of_a_folder_and_which_it_leaves_out(pattern, suffixes):
     for path in TREE:
         content = b"\x89PNG\0\0" if path in ("p.png", "program", "paper.pdf") else path.encode()
         write(f"f/{path}", gzip.compress(content) if path.endswith(".gz") else content)
     Path("f/link").symlink_to("deep")
     Path("f/gone.txt").symlink_to("nowhere.txt")
     _, files, left_out = find_files(Path(pattern), suffixes)
-    assert [file.relative_to("f").as_posix() for file in files] == sorted(taken)
-    if taken == TAKEN:
+    assert [file.relative_to("f").as_posix() for file in files] == sorted(PATTERNS[pattern, suffixes])
+    if PATTERNS[pattern, suffixes] == READ:
         counts = {".c": 2, "node_modules": 2, ".hidden.txt": 1, ".git": 1, ".h": 1, ".png": 1, ".pdf": 1}
         assert left_out == counts | {"binary without a suffix": 1}
