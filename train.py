@@ -21,7 +21,7 @@ from configurator import configure
 
 import torch
 
-from lib.batches import count_targets, get_batch, mix
+from lib.batches import count_targets, get_batch
 from lib.checkpoint import read_checkpoint, refuse_earlier_run, remove_earlier_run, write_checkpoint
 from lib.dataset import open_data
 from lib.errors import check, one_line_errors
@@ -190,8 +190,7 @@ def train(config):
             write_checkpoint(out_dir / name, state)
 
     stop_signals = note_signals()  # from here on, Ctrl-C and SIGTERM stop the run after the iteration, with a save
-    batch_args = config.block_size, mix(config.seed, 0), device
-    batch = get_batch(train_data, sequences_read + rank * count, count, *batch_args)
+    batch = get_batch(train_data, sequences_read + rank * count, count, config, device)
     while True:
         # once in a while: evaluate on val.bin and write a sample (all ranks take part)
         last = iter_num >= config.max_iters
@@ -223,7 +222,7 @@ def train(config):
                 micro_loss.backward()
             loss += micro_loss.detach()
         # prefetch the next batch while a GPU is busy
-        batch = get_batch(train_data, sequences_read + sequences + rank * count, count, *batch_args)
+        batch = get_batch(train_data, sequences_read + sequences + rank * count, count, config, device)
 
         # clip the gradient, and stop before the update if anything is not finite
         grad_norm = clip_gradient(model, config.grad_clip)

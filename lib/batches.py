@@ -45,9 +45,9 @@ def get_blocks(data, first, count, block_size, seed, mask=None):
     return x, y if mask is None else y.masked_fill(rows(mask)[:, 1:] == 0, -1)
 
 
-def get_batch(split, first, count, block_size, seed, device):
-    """Return get_blocks() of a Split (lib/dataset.py) on the device."""
-    x, y = get_blocks(split.ids, first, count, block_size, seed, split.mask)
+def get_batch(split, first, count, config, device):
+    """Return blocks first .. first + count - 1 of a Split (lib/dataset.py), as get_blocks(), on the device."""
+    x, y = get_blocks(split.ids, first, count, config.block_size, mix(config.seed, split.number), split.mask)
     if device.startswith("cuda"):  # from pinned memory, the copy runs while the CPU continues
         x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)

@@ -42,6 +42,7 @@ class Split(NamedTuple):
 
     ids: np.ndarray  # (N,) uint16
     mask: np.ndarray | None  # (N,) uint8: 1 for an id to be learned; None if all are
+    number: int  # 0 for train, 1 for val: each has its own order of blocks
 
 
 class Shards:
@@ -107,7 +108,7 @@ def open_split(folder, split, meta, hint):
         sha256 = counts["mask_sha256"] if is_small else None
         mask = open_array(folder / f"{split}_mask.bin", np.uint8, counts["tokens"], sha256, 2, hint)
     counts.setdefault("loss_tokens", counts["tokens"])
-    return Split(ids, mask)
+    return Split(ids, mask, ("train", "val").index(split))
 
 
 def open_array(path, dtype, count, sha256, limit, hint):

@@ -21,11 +21,10 @@ def evaluate_loss(model, val_data, config, device):
     batches are always the same. All ranks take part and get the same numbers.
     """
     rank, world_size = get_rank()
-    seed = mix(config.seed, 1)  # of the order of val.bin's blocks; train.bin has 0
     sums = torch.zeros(2, config.eval_iters + world_size, device=device)  # of each batch: its nats, its tokens
     # Every rank runs the same number of forwards, even if that is one too many: with --shard each is a collective.
     for i in range(rank, config.eval_iters + rank, world_size):
-        x, y = get_batch(val_data, i * config.batch_size, config.batch_size, config.block_size, seed, device)
+        x, y = get_batch(val_data, i * config.batch_size, config.batch_size, config, device)
         with autocast(device, config.dtype):
             n = count_targets(y)
             sums[:, i] = torch.stack((model(x, y) * n, n))
