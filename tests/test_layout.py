@@ -1,4 +1,4 @@
-"""The layout: who may import whom, and what training and sampling may not need."""
+"""Test the layout: which modules may import which, and which imports training and sampling do without."""
 
 import ast
 import os
@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {
-    "train", "sample", "prepare_data", "verify", "discover", "resume_test", "bench", "export", "evaluate",
-}  # fmt: skip
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"model", "configurator"}
 MODULES = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
 CORE = ("model.py", "train.py", "sample.py", "configurator.py", "lib/batches.py")
 
 
-def imported(path):
-    """The modules that a file imports anywhere in it: ("train", "lib.batches", ...)."""
+def list_imports(path):
+    """Yield the modules that a file imports anywhere in it: "train", "lib.batches", ..."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -33,32 +31,25 @@ FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")])
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports(path):
-    modules = set(imported(path))
+    modules = set(list_imports(path))
     tops = {module.split(".")[0] for module in modules}
-    others = SCRIPTS - {path.stem} - ({"train"} if path.stem == "resume_test" else set())
-    assert not tops & others, "a script, or lib, imports a script"
-    assert not tops & MODULES - {"gguf", "tokenizer"}, (
-        "modules of lib are imported as lib.name"
-    )  # gguf is a package as well
+    allowed = {path.stem, "train"} if path.stem == "resume_test" else {path.stem}
+    assert not tops & SCRIPTS - allowed, "a script, or lib, imports a script"
+    assert not tops & MODULES - {"gguf"}, "import modules of lib as lib.name"  # gguf is also a package
     if path.name == "model.py":
         assert tops - sys.stdlib_module_names == {"torch"}
     if path.name == "configurator.py":
         assert modules - sys.stdlib_module_names == {"lib.errors", "lib.limits"}
 
 
-def test_every_script_is_known_here():
-    assert {path.stem for path in ROOT.glob("*.py")} - {"model", "configurator"} <= SCRIPTS
-
-
-def test_training_and_sampling_import_little():
-    """Preparing, training and sampling a checkpoint import no Hub, no GGUF, no plotting before they need it."""
-    heavy = {"huggingface_hub", "gguf", "safetensors", "matplotlib", "transformers", "datasets", "pyarrow"}
-    code = f"import sys, prepare_data, train, sample; print(sorted({heavy!r} & set(sys.modules)))"
+@pytest.mark.parametrize("scripts, heavy", [
+    ("prepare_data, train, sample", "huggingface_hub gguf safetensors matplotlib transformers datasets pyarrow"),
+    ("prepare_data", "torch"),
+])  # fmt: skip
+def test_heavy_packages_are_imported_only_when_needed(scripts, heavy):
+    code = f"import sys, {scripts}; print(set({heavy.split()}) & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-    code = "import sys, prepare_data; print('torch' in sys.modules)"  # preparing text takes no two seconds to start
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
@@ -71,17 +62,16 @@ def test_ctrl_c_during_the_imports_is_one_line(script, tmp_path):
 
 
 def test_the_core_is_read_in_one_sitting():
-    """model.py counts down to "The same, faster": below that line nothing changes what the network computes."""
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in CORE}
-    network, faster = texts["model.py"].split("# The same, faster.")
-    lines = {name: text.count("\n") for name, text in (texts | {"model.py": network}).items()}
+    """model.py counts down to "The same, faster": the lines below do not change what the model computes."""
+    sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in CORE}
+    model, faster = sources["model.py"].split("# The same, faster.")
+    lines = {name: source.count("\n") for name, source in (sources | {"model.py": model}).items()}
     assert sum(lines.values()) < 1_300, lines
     assert faster.count("\n") < 250
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent == ROOT], ids=lambda path: path.name)
-def test_every_script_opens_with_how_to_use_it(path):
-    text = path.read_text(encoding="utf-8")
-    if path.stem in SCRIPTS:
-        assert ast.get_docstring(ast.parse(text)).count(f"python {path.name}") >= 2, "commands to copy"
-        assert text.rstrip().splitlines()[-2] == 'if __name__ == "__main__":'
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_every_script_begins_with_example_commands(script):
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source)).count(f"python {script}.py") >= 2, "commands to copy"
+    assert source.rstrip().splitlines()[-2] == 'if __name__ == "__main__":'

@@ -1,4 +1,4 @@
-"""log.py: rows that survive a resume, whatever columns the file has, and reach a tracker."""
+"""Test lib/log.py: log.csv on a resume, with other columns, or damaged; loss.png; trackers."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ MODEL = SimpleNamespace(parameters=lambda: [])
 
 @pytest.fixture
 def open_log(tmp_path):
-    """iter_num -> the RunLog of a run in tmp_path."""
+    """Return a function: iter_num -> the RunLog of a run in tmp_path."""
     config = TrainConfig(out_dir=str(tmp_path), device="cpu", dtype="float32")
     return lambda iter_num: RunLog(config, META, MODEL, iter_num, 4 * iter_num, [])
 
@@ -34,11 +34,10 @@ def read(path):
 
 
 def test_rows_of_later_iterations_are_cut_off(tmp_path, open_log):
-    path = tmp_path / "log.csv"
-    row, val = ["10", "9.5", "0.1", "1", "", "", "5", "6"], ["10", "", "", "", "9.4", "0.1", "", ""]
-    write(path, [COLUMNS, ["0", "", "", "", "11", "", "", ""], row, val, ["20", *row[1:]], ["half"]])
+    first, val = (["0", "", "", "", "11", "", "", ""], ["10", "", "", "", "9.4", "0.1", "", ""])
+    write(tmp_path / "log.csv", [COLUMNS, first, GOOD[0], val, GOOD[1], ["half"]])
     open_log(10).write(iter=20, loss=8.5)
-    assert read(path) == [COLUMNS, ["0", "", "", "", "11", "", "", ""], row, ["20", "8.5", "", "", "", "", "", ""]]
+    assert read(tmp_path / "log.csv") == [COLUMNS, first, GOOD[0], ["20", "8.5", "", "", "", "", "", ""]]
 
 
 def test_a_new_run_begins_a_new_log(tmp_path, open_log):
@@ -47,14 +46,10 @@ def test_a_new_run_begins_a_new_log(tmp_path, open_log):
     assert read(tmp_path / "log.csv") == [COLUMNS]
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [
-        ["iter", "loss", "my_metric", "lr", "grad_norm", "val_loss", "ms", "tok_per_s"],  # one more than today's
-        ["val_loss", "loss", "iter"],  # fewer, in another order
-    ],
-)
-def test_other_columns_than_todays_keep_their_rows(tmp_path, open_log, columns):
+@pytest.mark.parametrize("columns", [  # one more than now; fewer, in a different order
+    ["iter", "loss", "my_metric", "lr", "grad_norm", "val_loss", "ms", "tok_per_s"], ["val_loss", "loss", "iter"],
+])  # fmt: skip
+def test_rows_with_different_columns_are_kept(tmp_path, open_log, columns):
     path = tmp_path / "log.csv"
     values = {name: f"{i}.5" for i, name in enumerate(columns)} | {"iter": "10", "val_loss": ""}
     write(path, [columns, [values[name] for name in columns]])
@@ -82,12 +77,12 @@ def test_a_damaged_row_ends_the_log_and_is_noted(tmp_path, open_log, capfd, bad)
 
 
 def test_missing_rows_are_noted(open_log, capfd):
-    """As after a power cut, when the checkpoint was on the disk and the rows were not."""
+    """As after a power cut that saved the checkpoint, but not the rows."""
     open_log(25)
     assert "log.csv has no rows from iteration 1 to 20: the curve has a gap there" in capfd.readouterr().out
 
 
-def test_a_plot_that_cannot_be_written_ends_nothing(tmp_path, capfd):
+def test_a_plot_that_cannot_be_written_is_noted(tmp_path, capfd):
     write(tmp_path / "log.csv", [COLUMNS, *GOOD])
     (tmp_path / "loss.png").mkdir()
     plot_log(tmp_path / "log.csv", tmp_path / "loss.png", "a run", 0.4, None)
@@ -108,7 +103,7 @@ def test_a_broken_stdout_is_noted(capfd, monkeypatch):
 
 
 def log_and_resume(tracker, folder, monkeypatch):
-    """Rows 10 to 30, then, as a resume at 20 does, rows 30 and 40."""
+    """Log rows 10 to 30 and then, like a resume at 20, rows 30 and 40."""
     finish = []
     monkeypatch.setattr(log.atexit, "register", finish.append)
     for iter_num, iters in ((0, (10, 20, 30)), (20, (30, 40))):

@@ -1,4 +1,4 @@
-"""machine.py: the way matrices are multiplied, held against float64; what is asked for is what comes."""
+"""Test lib/machine.py: its matmuls compared with float64, devices, memory, MFU, compiled gradients."""
 
 import subprocess
 import sys
@@ -15,16 +15,16 @@ from train import TrainConfig
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-def test_what_is_asked_for_is_taken(dtype):
+def test_the_dtype_that_is_asked_for_is_used(dtype):
     torch.set_float32_matmul_precision("high")
     picked, precision = pick_matmul(dtype, "cpu")
     assert picked == dtype or dtype == "auto" and picked in ("float32", "bfloat16")
     assert precision == "highest" or picked == "float32" and precision == "medium"
-    assert torch.get_float32_matmul_precision() == "high"  # asking changes nothing
+    assert torch.get_float32_matmul_precision() == "high"  # measuring changes nothing
 
 
 def test_picked_fp32_is_fp32_to_rounding():
-    """Every product of the network, by the fp32 path that is picked here, against float64."""
+    """Every matmul of the model, by the fp32 path that is picked here, against float64."""
     torch.set_float32_matmul_precision(pick_matmul("float32", "cpu")[1])
     torch.manual_seed(0)
     for n, k in ((576, 576), (192, 576), (1_536, 576), (576, 1_536), (49_152, 576)):
@@ -34,7 +34,7 @@ def test_picked_fp32_is_fp32_to_rounding():
         assert error < 2e-6, (n, k, error)  # fp32's are below 1e-6, bf16's above 1e-3
 
 
-def test_a_medium_that_is_bfloat16_within_is_not_taken(monkeypatch):
+def test_a_medium_that_computes_in_bfloat16_is_not_used(monkeypatch):
     """As on CPUs whose oneDNN rounds fp32 operands to bf16: faster, and not fp32."""
     matmul = torch.Tensor.__matmul__
     slow = torch.randn(900, 900)
@@ -50,40 +50,33 @@ def test_a_medium_that_is_bfloat16_within_is_not_taken(monkeypatch):
     assert pick_matmul("float32", "cpu") == ("float32", "highest")
 
 
-def test_a_device_that_is_not_there(capsys):
+def test_a_missing_device():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit, match=r"^error: device cuda:0 cannot be used \(.*\): try --device=auto$"):
         pick_device("cuda")
 
 
-@pytest.mark.parametrize(
-    "dtype, hardware, picked",
-    [
-        ("auto", True, ("bfloat16", "high")),
-        ("auto", False, ("float32", "high")),
-        ("float32", True, ("float32", "high")),
-        ("bfloat16", False, None),
-    ],
-)
-def test_a_gpu_multiplies_in_what_its_hardware_has(dtype, hardware, picked, monkeypatch):
-    """A T4 emulates bf16, and says that it supports it unless it is asked for the hardware."""
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
-    )
+@pytest.mark.parametrize("dtype, hardware, picked", [
+    ("auto", True, "bfloat16"), ("auto", False, "float32"), ("float32", True, "float32"), ("bfloat16", False, None),
+])  # fmt: skip
+def test_a_gpu_uses_only_dtypes_that_its_hardware_has(dtype, hardware, picked, monkeypatch):
+    """A T4 emulates bf16, and reports that it supports it, unless asked for its hardware."""
+    supported = lambda including_emulation=True: including_emulation or hardware  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     notes = []
     if picked is None:
         with pytest.raises(SystemExit, match=r"^error: Tesla T4 has no bfloat16 in hardware: use --dtype=float32$"):
             pick_matmul(dtype, "cuda:0", notes.append)
     else:
-        assert pick_matmul(dtype, "cuda:0", notes.append) == picked
+        assert pick_matmul(dtype, "cuda:0", notes.append) == (picked, "high")
     expected = ["note: Tesla T4 has no bfloat16 in hardware: matmuls use float32"]
     assert notes == (expected if (dtype, hardware) == ("auto", False) else [])
 
 
-def test_every_process_takes_its_gpu_before_the_group_starts(monkeypatch):
-    """Gradients travel over NCCL, objects over gloo. One named GPU is not for several processes."""
+def test_every_process_selects_its_gpu_before_the_group_starts(monkeypatch):
+    """Gradients use NCCL, objects gloo. Several processes cannot use one GPU."""
     done = []
     monkeypatch.setattr(processes, "pick_device", lambda device, local_rank: f"cuda:{local_rank}")
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
@@ -92,26 +85,22 @@ def test_every_process_takes_its_gpu_before_the_group_starts(monkeypatch):
         monkeypatch.setenv(name, value)
     assert processes.start_processes("auto") == (9, 16, "cuda:1")
     assert done == ["cuda:1", "cpu:gloo,cuda:nccl"]
-    with pytest.raises(
-        SystemExit, match="^error: cuda:1 is one GPU, and 16 processes need one each: use --device=cuda$"
-    ):
+    with pytest.raises(SystemExit, match="^error: cuda:1 is one GPU, and 16 processes need one each: use"):
         processes.start_processes("cuda:1")
 
 
 def test_mfu(monkeypatch):
-    """A token costs 1.02 GFLOP at T = 2,048 (docs/scale.md): 40 % of an H100 are 388,061 of them in a second."""
+    """A token costs 1.02 GFLOP at T = 2,048 (docs/scale.md): 40 % of an H100 is 388,061 tokens per second."""
     with torch.device("meta"):
-        network = SmolLM2(ModelConfig())
+        model = SmolLM2(ModelConfig())
     for name, share in (("NVIDIA H100 80GB HBM3", 0.4), ("NVIDIA A100 80GB PCIe", 0.4 * 989 / 312)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert mfu(network, 2_048, 388_061, "cuda:0") == pytest.approx(share, rel=1e-5)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe"
-    )  # slower, and not in the table
-    assert mfu(network, 2_048, 388_061, "cuda:0") is None and mfu(network, 2_048, 388_061, "cpu") is None
+        assert mfu(model, 2_048, 388_061, "cuda:0") == pytest.approx(share, rel=1e-5)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")  # not in the table
+    assert mfu(model, 2_048, 388_061, "cuda:0") is None and mfu(model, 2_048, 388_061, "cpu") is None
 
 
-def test_activation_checkpointing_changes_memory_and_nothing_else():
+def test_activation_checkpointing_changes_only_memory():
     torch.manual_seed(0)
     model = SmolLM2(ModelConfig(hidden_size=72, intermediate_size=96, num_hidden_layers=3, head_dim=8, vocab_size=256))
     idx = torch.randint(256, (2, 40))
@@ -128,28 +117,26 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     assert grads[1][-1] < grads[0][-1] / 3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has mallopt")
+PAGE_FAULTS = """
+import resource, torch, lib.machine
+lib.machine.keep_memory()
+for megabytes in (400, 300):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(250_000 * megabytes)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has mallopt")
 def test_memory_is_kept():
-    """Page faults of 300 MB, after 400 that were freed: none, where they would be 73,000."""
-    code = (
-        "import resource, torch\n"
-        "from lib import machine\n"
-        "machine.keep_memory()\n"
-        "def faults(megabytes):\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    torch.ones(250_000 * megabytes)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "print(faults(400), faults(300))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    """Allocating 300 MB after freeing 400 MB causes almost no page faults, instead of 73,000."""
+    result = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, cwd=Path(__file__).parent.parent)
     first, second = map(int, result.stdout.split())
     assert second < 100 < first
 
 
 def test_compiled_gradients_are_checked(monkeypatch):
-    """This compiler's, at the shape where GCC 12 was wrong; and those of an attention that is compiled wrongly."""
+    """The compiler here is right at the shape where GCC 12 was wrong. An attention compiled wrongly is noticed."""
     config = TrainConfig(batch_size=4, block_size=128)
     with autocast("cpu", "bfloat16"):
         check_compiled(config)

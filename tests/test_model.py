@@ -1,4 +1,4 @@
-"""model.py against transformers and torch: the same weights and the same text must give the same numbers."""
+"""Test model.py against transformers and torch: the same weights and text must give the same numbers."""
 
 from dataclasses import asdict, replace
 
@@ -24,7 +24,7 @@ SHAPES = {
 
 
 def llama(config, **changes):
-    """transformers' network of a ModelConfig, in fp32 with plain attention."""
+    """Return transformers' model of a ModelConfig, in fp32 with plain attention."""
     settings = asdict(config)
     theta = settings.pop("rope_theta")
     settings |= dict(rope_parameters={"rope_type": "default", "rope_theta": theta}, tie_word_embeddings=True)
@@ -32,59 +32,59 @@ def llama(config, **changes):
     return LlamaForCausalLM(LlamaConfig(**settings | changes, attn_implementation="eager")).eval()
 
 
-def loud(reference, seed=0):
-    """Weights of std 0.2: under the usual 0.02 a wrong network hardly differs from a right one."""
-    generator = torch.Generator().manual_seed(seed)
+def randomize(reference):
+    """Give the weights std 0.2: with the usual 0.02, a wrong model hardly differs from the right one."""
+    generator = torch.Generator().manual_seed(0)
     for p in reference.parameters():
         p.data.normal_(mean=float(p.dim() == 1), std=0.2, generator=generator)
     return reference
 
 
-def ours(config, reference):
-    network = SmolLM2(config).eval()
-    tensors = {name: tensor for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
-    network.load_state_dict(tensors)
-    return network
+def build_ours(config, reference):
+    model = SmolLM2(config).eval()
+    model.load_state_dict({name: w for name, w in reference.state_dict().items() if name != "lm_head.weight"})
+    return model
+
+
+def build_random(config=SMALL):
+    return build_ours(config, randomize(llama(config)))
 
 
 def ids(B, T, seed=1, vocab_size=256):
     return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------
-# The network
-
-
-@pytest.mark.parametrize("T", [1, 2, 512, 600])  # attention takes another way from 513 on
+# ---- The model
+@pytest.mark.parametrize("T", [1, 2, 512, 600])  # attention takes a different path from 513 on
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_are_those_of_transformers(shape, T):
     config = SHAPES[shape]
-    reference = loud(llama(config))
-    network = ours(config, reference)
+    reference = randomize(llama(config))
+    model = build_ours(config, reference)
     idx, targets = ids(2, T), ids(2, T, seed=2)
     expected = reference(idx).logits
     assert expected.abs().max() > 3  # loud enough to be worth comparing
-    torch.testing.assert_close(network(idx), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=0)
 
     expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
-    loss = network(idx, targets)
+    loss = model(idx, targets)
     torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=0)
     expected_loss.backward()
     loss.backward()
     for name, p in reference.named_parameters():
-        grad = network.get_parameter(name).grad
+        grad = model.get_parameter(name).grad
         assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
 
 
 def interleaved(reference, config):
-    """q and k rows reordered so that RoPE's pairs are neighbours in the original weights."""
+    """Reorder q and k rows: RoPE's pairs are adjacent in the original weights."""
     for layer in reference.model.layers:
         for p in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
             p.data = p.data.view(-1, config.head_dim // 2, 2, p.shape[1]).transpose(1, 2).reshape(p.shape)
 
 
 def tiled(reference, config):
-    """Query heads reordered so that, in the original weights, head h reads KV head h % K."""
+    """Reorder query heads: in the original weights, head h reads KV head h % K."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     order = torch.arange(H).view(H // K, K).T.flatten()
     for layer in reference.model.layers:
@@ -102,15 +102,15 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_another_network_with_the_same_weights_is_told_apart(mutant):
-    """The comparison above is seen to see: each way of getting it wrong moves the logits by far more than 1e-4."""
+def test_a_wrong_model_with_the_same_weights_differs(mutant):
+    """The comparison above can fail: each mistake moves the logits by far more than 1e-4."""
     change = MUTANTS[mutant]
-    reference = loud(llama(SMALL, **(change if isinstance(change, dict) else {})))
-    network = ours(SMALL, reference)
+    reference = randomize(llama(SMALL, **(change if isinstance(change, dict) else {})))
+    model = build_ours(SMALL, reference)
     if callable(change):
         change(reference, SMALL)
     with torch.no_grad():
-        assert (network(ids(1, 512)) - reference(ids(1, 512)).logits).abs().max() > 5e-3
+        assert (model(ids(1, 512)) - reference(ids(1, 512)).logits).abs().max() > 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -124,28 +124,28 @@ def test_real_weights_on_real_text(real_model, real_reference, real_ids):
     idx = real_ids[:512].view(2, 256)
     with torch.no_grad():
         logits, expected = real_model(idx), real_reference(idx).logits
-    assert F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()) < 3.5  # it does read English
+    assert F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()) < 3.5  # it can read English
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def test_a_target_of_minus_one_carries_no_loss():
+def test_targets_of_minus_one_are_ignored():
     torch.manual_seed(0)
-    network = SmolLM2(SMALL)
+    model = SmolLM2(SMALL)
     idx, targets = torch.randint(256, (3, 40)), torch.randint(256, (3, 40))
     targets[torch.rand(3, 40) < 0.7] = -1
-    expected = F.cross_entropy(network(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
-    grads = torch.autograd.grad(expected, list(network.parameters()))
-    loss = network(idx, targets)
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    loss = model(idx, targets)
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-    for p, grad in zip(network.parameters(), grads, strict=True):
+    for p, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4)
 
-    network.zero_grad()
-    loss = network(idx, torch.full_like(targets, -1))
+    model.zero_grad()
+    loss = model(idx, torch.full_like(targets, -1))
     loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in network.parameters() if p.grad is not None)
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_bfloat16_autocast_is_close_to_fp32(real_model, real_ids):
@@ -161,17 +161,17 @@ def test_bfloat16_autocast_is_close_to_fp32(real_model, real_ids):
 
 def test_state_dict_has_the_names_and_shapes_of_the_release():
     with torch.device("meta"):
-        network, reference = SmolLM2(ModelConfig()), llama(ModelConfig())
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        model, reference = SmolLM2(ModelConfig()), llama(ModelConfig())
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     expected = {name: p.shape for name, p in reference.state_dict().items() if name != "lm_head.weight"}
     assert shapes == expected and len(shapes) == 272
 
-    network = SmolLM2(SMALL)
-    tensors = network.state_dict()
+    model = SmolLM2(SMALL)
+    tensors = model.state_dict()
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        network.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+        model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
     with pytest.raises(RuntimeError, match="Missing key"):
-        network.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
+        model.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
 
 
 def test_initial_weights():
@@ -185,34 +185,28 @@ def test_initial_weights():
 
 def test_parameter_table():
     table = parameter_table(PRESETS["135M"])
-    for number in ("134,515,008", "28,311,552", "3,540,096", "884,736", "2,654,208", "331,776", "110,592",
-                   "106,202,880", "538 MB", "269 MB"):  # fmt: skip
+    for number in "134,515,008 28,311,552 3,540,096 884,736 2,654,208 331,776 110,592 106,202,880 538 269".split():
         assert number in table, number
-    assert "361,821,120" in parameter_table(PRESETS["360M"])
-    assert "1,711,376,384" in parameter_table(PRESETS["1.7B"])
+    assert "361,821,120" in parameter_table(PRESETS["360M"]) and "1,711,376,384" in parameter_table(PRESETS["1.7B"])
 
 
-def test_what_does_not_fit_raises_value_error():
+def test_impossible_shapes_raise_value_error():
     with pytest.raises(ValueError, match="multiple of num_key_value_heads"):
         replace(SMALL, num_key_value_heads=2)
     with pytest.raises(ValueError, match="head_dim .* even"):
         replace(SMALL, head_dim=7)
-    network = SmolLM2(replace(SMALL, max_position_embeddings=8))
-    network(ids(1, 8))
-    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
-        network(ids(1, 9))
-    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
-        next(network.generate(ids(1, 9), 1))
+    model = SmolLM2(replace(SMALL, max_position_embeddings=8))
+    model(ids(1, 8))
+    for read in (model, lambda idx: next(model.generate(idx, 1))):
+        with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+            read(ids(1, 9))
     caches = [KVCache(8) for _ in range(SMALL.num_hidden_layers)]
-    network.hidden(ids(1, 3), caches)
+    model.hidden(ids(1, 3), caches)
     with pytest.raises(ValueError, match="one token at a time"):
-        network.hidden(ids(1, 2), caches)
+        model.hidden(ids(1, 2), caches)
 
 
-# ---------------------------------------------------------------------------------------------
-# The loss
-
-
+# ---- The loss
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(model_py.ChunkedCrossEntropy, "CHUNK", {"cpu": 16})
@@ -226,7 +220,7 @@ def loss_inputs(N=37, C=24, V=101):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks, compiled):
+def test_cross_entropy_in_chunks_is_that_of_torch(small_chunks, compiled):
     x, head, targets = loss_inputs()
     expected = F.cross_entropy(F.linear(x, head), targets)
     expected_grads = torch.autograd.grad(3 * expected, (x, head))  # times 3: a loss is scaled before backward
@@ -237,7 +231,7 @@ def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks, compiled):
 
     loss = cross_entropy(x, head, targets, compiled)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # rather than wrong gradients
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # instead of wrong gradients
         loss.backward()
     with torch.no_grad():
         silent = cross_entropy(x, head, targets, compiled)
@@ -253,9 +247,9 @@ def test_cross_entropy_by_chunks_is_that_of_torch(small_chunks, compiled):
 
 
 def test_cross_entropy_of_conversations_takes_few_shapes(monkeypatch):
-    """However many tokens are masked: the loss of torch, from a multiple of 64 rows of logits."""
+    """For any number of masked tokens: the loss of torch, from a multiple of 64 rows of logits."""
     apply, sizes = model_py.ChunkedCrossEntropy.apply, []
-    record = lambda x, *others: sizes.append(len(x)) or apply(x, *others)  # noqa: E731
+    record = lambda x, *args: sizes.append(len(x)) or apply(x, *args)  # noqa: E731
     monkeypatch.setattr(model_py.ChunkedCrossEntropy, "apply", record)
     for count in (0, 1, 64, 65, 199, 299, 300):
         x, head, targets = loss_inputs(N=300)
@@ -286,85 +280,76 @@ def test_cross_entropy_under_autocast(small_chunks):
         assert (grad - exact).norm() < 2e-2 * exact.norm()
 
 
-# ---------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation
+def generate(model, idx, n, **settings):
+    return torch.stack(list(model.generate(idx, n, **settings)), dim=1)
 
 
-def generated(network, idx, n, **settings):
-    return torch.stack(list(network.generate(idx, n, **settings)), dim=1)
+def generate_greedily(reference, idx, n, **settings):
+    mask = torch.ones_like(idx)
+    settings |= dict(max_new_tokens=n, do_sample=False, pad_token_id=0)
+    return reference.generate(idx, attention_mask=mask, **settings)[:, idx.shape[1] :]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_is_that_of_transformers(shape):
-    reference = loud(llama(SHAPES[shape]))
-    network = ours(SHAPES[shape], reference)
-    idx = ids(3, 11)
-    expected = reference.generate(
-        idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, pad_token_id=0
-    )
-    assert torch.equal(generated(network, idx, 40, temperature=0), expected[:, 11:])
+def test_greedy_decoding_is_that_of_transformers(shape):
+    reference = randomize(llama(SHAPES[shape]))
+    model = build_ours(SHAPES[shape], reference)
+    assert torch.equal(generate(model, ids(3, 11), 40, temperature=0), generate_greedily(reference, ids(3, 11), 40))
 
 
-def test_greedy_with_real_weights_is_that_of_transformers(real_model, real_reference, real_ids):
+def test_greedy_decoding_with_real_weights_is_that_of_transformers(real_model, real_reference, real_ids):
     idx = real_ids[:64].view(2, 32)
-    expected = real_reference.generate(
-        idx, attention_mask=torch.ones_like(idx), max_new_tokens=16, do_sample=False, pad_token_id=0
-    )
-    assert torch.equal(generated(real_model, idx, 16, temperature=0), expected[:, 32:])
+    assert torch.equal(generate(real_model, idx, 16, temperature=0), generate_greedily(real_reference, idx, 16))
 
 
 @torch.no_grad()
 def test_cached_is_uncached():
-    network = ours(SMALL, loud(llama(SMALL)))
+    model = build_random()
     idx = ids(2, 60)
-    whole = network.hidden(idx)  # (B, T, C)
+    expected = model.hidden(idx)  # (B, T, C)
     caches = [KVCache(60) for _ in range(SMALL.num_hidden_layers)]
-    parts = [network.hidden(idx[:, :20], caches)] + [network.hidden(idx[:, t : t + 1], caches) for t in range(20, 60)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-5)
+    parts = [model.hidden(idx[:, :20], caches)] + [model.hidden(idx[:, t : t + 1], caches) for t in range(20, 60)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("context", [15, 16])
 def test_a_full_context_forgets_its_older_half(context):
-    config = replace(SMALL, max_position_embeddings=context)
-    network = ours(config, loud(llama(config)))
+    model = build_random(replace(SMALL, max_position_embeddings=context))
     window, expected = ids(2, 9), []
-    for _ in range(40):  # without a cache, and from the docstring alone
+    for _ in range(40):  # without a cache, following only the docstring
         if window.shape[1] > context:
             window = window[:, -(context - context // 2) :]
-        expected.append(network(window)[:, -1].argmax(-1))
+        expected.append(model(window)[:, -1].argmax(-1))
         window = torch.cat((window, expected[-1][:, None]), dim=1)
-    assert torch.equal(generated(network, ids(2, 9), 40, temperature=0), torch.stack(expected, dim=1))
-    assert generated(network, ids(2, context), 3).shape == (2, 3)  # a prompt that fills the context
+    assert torch.equal(generate(model, ids(2, 9), 40, temperature=0), torch.stack(expected, dim=1))
+    assert generate(model, ids(2, context), 3).shape == (2, 3)  # a prompt that fills the context
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
 def test_the_repetition_penalty_is_that_of_transformers(penalty):
-    reference = loud(llama(SMALL))
-    idx = ids(3, 11)
-    expected = reference.generate(
-        idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, do_sample=False, pad_token_id=0,
-        repetition_penalty=penalty,
-    )  # fmt: skip
-    found = generated(ours(SMALL, reference), idx, 40, temperature=0, repetition_penalty=penalty)
-    assert torch.equal(found, expected[:, 11:])
-    assert not torch.equal(found, generated(ours(SMALL, reference), idx, 40, temperature=0))
+    reference = randomize(llama(SMALL))
+    model, idx = build_ours(SMALL, reference), ids(3, 11)
+    new = generate(model, idx, 40, temperature=0, repetition_penalty=penalty)
+    assert torch.equal(new, generate_greedily(reference, idx, 40, repetition_penalty=penalty))
+    assert not torch.equal(new, generate(model, idx, 40, temperature=0))
 
 
 def test_unknown_ids_are_never_drawn():
-    network = ours(SMALL, loud(llama(SMALL)))
+    model = build_random()
     known = torch.arange(256) % 8 == 3
     for temperature in (0, 5.0):
-        assert known[generated(network, ids(3, 9), 40, temperature=temperature, allowed=known)].all()
+        assert known[generate(model, ids(3, 9), 40, temperature=temperature, allowed=known)].all()
 
 
 def test_stop_ids():
-    network = ours(SMALL, loud(llama(SMALL)))
-    free = generated(network, ids(2, 9), 40, temperature=0)
+    model = build_random()
+    free = generate(model, ids(2, 9), 40, temperature=0)
     ends = free[0, 5].item(), free[1, 12].item()  # two ids that the greedy rows do produce
     first = [min(row.tolist().index(end) for end in ends if end in row) for row in free]
     assert first[0] != first[1]
-    stopped = generated(network, ids(2, 9), 40, temperature=0, stop_ids=ends)
+    stopped = generate(model, ids(2, 9), 40, temperature=0, stop_ids=ends)
     assert stopped.shape[1] == max(first) + 1
     for row, free_row, n in zip(stopped, free, first, strict=True):
         assert torch.equal(row[: n + 1], free_row[: n + 1])
@@ -395,16 +380,16 @@ def test_top_k_and_top_p_are_those_of_transformers(temperature, top_k, top_p):
 def test_ids_are_drawn_in_proportion():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     drawn = sample_ids(logits.expand(20_000, 4), 0.5, 0, 1.0, torch.Generator().manual_seed(6))
-    expected = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30  # squared, for temperature is 1/2
+    expected = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30  # squared, because the temperature is 1/2
     torch.testing.assert_close(drawn.bincount() / 20_000, expected, atol=0.01, rtol=0)
 
 
-def test_a_generator_repeats_itself_and_disturbs_no_other():
-    network = ours(SMALL, loud(llama(SMALL)))
+def test_a_generator_repeats_itself_and_leaves_the_global_one_alone():
+    model = build_random()
     before = torch.get_rng_state()
 
     def sample(seed):
-        return generated(network, ids(2, 9), 20, temperature=2.0, generator=torch.Generator().manual_seed(seed))
+        return generate(model, ids(2, 9), 20, temperature=2.0, generator=torch.Generator().manual_seed(seed))
 
     assert torch.equal(sample(7), sample(7)) and not torch.equal(sample(7), sample(8))
     assert torch.equal(torch.get_rng_state(), before)
@@ -413,21 +398,21 @@ def test_a_generator_repeats_itself_and_disturbs_no_other():
 def test_compiled_training_is_eager_training():
     torch.manual_seed(0)
     model = SmolLM2(SMALL)
-    found = []
+    results = []
     for _ in ("eager", "compiled"):
         model.zero_grad()
         loss = model(ids(2, 33), ids(2, 33, seed=2))
         loss.backward()
-        found.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
+        results.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
         model.compile()
-    for eager, compiled in zip(*found, strict=True):
+    for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
 
 
-# In one piece; in two whole chunks and a rest, weights made again; torch's fused attention, where AMX makes it fast.
+# In one piece; in two full chunks and a rest, recomputed in backward; torch's fused attention, which is fast with AMX
 @pytest.mark.parametrize("T, amx", [(64, False), (1_100, False), (1_100, True)])
 def test_compiled_attention_in_bf16_is_that_of_torch(monkeypatch, T, amx):
-    """Values and gradients, in one graph: to the rounding of bf16, which torch's own way differs by as well."""
+    """Values and gradients, in one graph, up to the rounding of bf16."""
     monkeypatch.setattr(model_py, "AMX", amx)
     generator = torch.Generator().manual_seed(8)
     q, k, v, grad = (torch.randn(2, heads, T, 16, generator=generator) for heads in (6, 2, 2, 6))
@@ -435,20 +420,20 @@ def test_compiled_attention_in_bf16_is_that_of_torch(monkeypatch, T, amx):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
     y = torch.compile(model_py.attend, backend="aot_eager", fullgraph=True)(*inputs)
-    found = (y, *torch.autograd.grad(y, inputs, grad.bfloat16()))
-    for a, b in zip(found, (expected, *torch.autograd.grad(expected, exact, grad.double())), strict=True):
+    ours = (y, *torch.autograd.grad(y, inputs, grad.bfloat16()))
+    for a, b in zip(ours, (expected, *torch.autograd.grad(expected, exact, grad.double())), strict=True):
         assert (a - b).norm() < 1e-2 * b.norm()
 
 
 def test_compiled_decoding_is_eager_decoding():
-    """The compiled way has products of its own for one token; two rows take a library's."""
+    """The compiled model has its own matmuls for one token in one row; two rows use a library's."""
     torch.manual_seed(0)
     model = SmolLM2(SMALL)
-    eager = [generated(model, ids(B, 9), 30, temperature=0) for B in (1, 2)]
+    eager = [generate(model, ids(B, 9), 30, temperature=0) for B in (1, 2)]
     model.compile()
     for B, expected in zip((1, 2), eager, strict=True):
-        assert torch.equal(generated(model, ids(B, 9), 30, temperature=0), expected)
+        assert torch.equal(generate(model, ids(B, 9), 30, temperature=0), expected)
         caches = [KVCache(9) for _ in model.model.layers]
-        whole = model.hidden(ids(B, 9))
+        expected = model.hidden(ids(B, 9))
         parts = [model.hidden(ids(B, 9)[:, t : t + 1], caches) for t in range(9)]
-        assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
+        assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""sample.py: text from the official weights as transformers writes it, from checkpoints, and its errors."""
+"""Test sample.py: its text with the official weights is that of transformers; chats, checkpoints, errors."""
 
 import io
 import json
@@ -23,9 +23,11 @@ from lib.tokenizer import load_tokenizer
 from model import SmolLM2
 from sample import HELP, SampleConfig, converse
 
+ROOT = Path(sample.__file__).parent
+
 
 def run(capfd, *flags):
-    """(exit code or message, the texts that it printed, all of its output)."""
+    """Run sample.py. Return (exit code or message, the samples that it printed, all of its output)."""
     code = 0
     try:
         sample.main(configure(SampleConfig, ["--device=cpu", "--dtype=float32", *flags]))
@@ -42,23 +44,24 @@ def out_dir(tmp_path_factory):
     return folder
 
 
-def continued(peer, ids, count):
-    """transformers' greedy continuation of a list of ids."""
+def continue_greedily(oracle, ids, count):
+    """Return transformers' greedy continuation of a list of ids."""
     ids = torch.tensor([ids])
     settings = dict(max_new_tokens=count, do_sample=False, eos_token_id=2, pad_token_id=2)
-    return peer.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist()
+    return oracle.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist()
 
 
 def test_official_weights_greedily_as_transformers(capfd, real_model, hf_tokenizer):
     prompt = "The capital of France is"
-    theirs = continued(build_oracle(real_model.config, real_model.state_dict()), hf_tokenizer.encode(prompt).ids, 20)
+    oracle = build_oracle(real_model.config, real_model.state_dict())
+    expected = continue_greedily(oracle, hf_tokenizer.encode(prompt).ids, 20)
     code, texts, output = run(capfd, "--init_from=base", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20")
-    assert code == 0 and texts == [prompt + hf_tokenizer.decode(theirs)]
+    assert code == 0 and texts == [prompt + hf_tokenizer.decode(expected)]
     assert "sha256" in output and "20 tokens in" in output
 
 
 def talk(capfd, monkeypatch, lines, *flags):
-    """What a conversation prints after each prompt."""
+    """Return the output of a conversation after each prompt."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     code, _, output = run(capfd, "--chat", *flags)
     assert code == 0
@@ -66,9 +69,9 @@ def talk(capfd, monkeypatch, lines, *flags):
 
 
 def test_a_conversation(capfd, monkeypatch, real_model, hf_tokenizer):
-    """Each answer is transformers' own to the whole conversation so far, in the release's template."""
+    """Each answer is that of transformers to the full conversation so far, in the release's template."""
     template = jinja2.Template(header_value(wheel_gguf(), "tokenizer.chat_template"))
-    peer = build_oracle(real_model.config, real_model.state_dict())
+    oracle = build_oracle(real_model.config, real_model.state_dict())
     expected, messages = [], []
     lines = ["What is the capital of France?", "And of Italy?", "/system Answer in French.", "And of Spain?", "/foo"]
     for line in lines[:4]:
@@ -77,27 +80,26 @@ def test_a_conversation(capfd, monkeypatch, real_model, hf_tokenizer):
             continue
         messages.append(dict(role="user", content=line))
         text = template.render(messages=messages, add_generation_prompt=True)
-        ids = continued(peer, hf_tokenizer.encode(text).ids, 12)
-        answer = hf_tokenizer.decode(ids)
-        messages.append(dict(role="assistant", content=answer))
-        expected.append(answer + " [cut at 12 tokens]" * (ids[-1] != 2))
+        ids = continue_greedily(oracle, hf_tokenizer.encode(text).ids, 12)
+        messages.append(dict(role="assistant", content=hf_tokenizer.decode(ids)))
+        expected.append(messages[-1]["content"] + ("" if ids[-1] == 2 else " [cut at 12 tokens]"))
     parts = talk(capfd, monkeypatch, lines, "--init_from=base", "--temperature=0", "--max_new_tokens=12")
     assert parts[:2] + parts[3:4] == expected and "Paris" in expected[0]
-    assert "Answer in French" in parts[2] and "/foo is no command" in parts[4]
+    assert "Answer in French" in parts[2] and "/foo is not a command" in parts[4]
 
 
-@pytest.mark.parametrize("rows, remarks", [  # ids that the network writes, a column for each text
+@pytest.mark.parametrize("rows, notes", [  # ids that the model writes, a column for each sample
     ([[504, 504], [2, 504]], ["The", "TheThe [cut at 2 tokens]"]), ([[2, 504], [2, 0]], ["[empty answer]", "The"]),
     ([[504], [2]], ["The"]), ([[504], [504]], ["TheThe [cut at 2 tokens]"]), ([[2]], ["[empty answer]"]),
 ])  # fmt: skip
-def test_an_answer_that_is_cut_or_empty_says_so(rows, remarks, capfd, monkeypatch, tmp_path):
+def test_an_answer_that_is_cut_or_empty_gets_a_note(rows, notes, capfd, monkeypatch, tmp_path):
     save_checkpoint(tmp_path, tiny(), chat=True)
     monkeypatch.setattr(SmolLM2, "generate", lambda self, idx, **_: map(torch.tensor, rows))
     flags = [f"--out_dir={tmp_path}", "--max_new_tokens=2"]
-    texts = run(capfd, *flags, "--chat", "--prompt=Hi", f"--num_samples={len(remarks)}")[2].split("---\nHi\n")[1:]
-    assert [text.split("\n---")[0].strip() for text in texts] == remarks
-    if len(remarks) == 1:
-        assert talk(capfd, monkeypatch, ["Hi"], *flags) == [remarks[0], ""]
+    texts = run(capfd, *flags, "--chat", "--prompt=Hi", f"--num_samples={len(notes)}")[2].split("---\nHi\n")[1:]
+    assert [text.split("\n---")[0].strip() for text in texts] == notes
+    if len(notes) == 1:
+        assert talk(capfd, monkeypatch, ["Hi"], *flags) == [notes[0], ""]
 
 
 def folder_with(path, template):
@@ -110,20 +112,20 @@ OTHER = "{% for message in messages %}{{ '<s>' + message['content'] }}{% endfor 
 
 
 @pytest.mark.parametrize("template, note", [
-    ("", "were never trained to chat"), (OTHER, "have another template, but SmolLM2's is used"),
-    ([{"name": "default", "template": OTHER}], "have another template, but SmolLM2's is used"),
+    ("", "were not trained to chat"), (OTHER, "have a different chat template"),
+    ([{"name": "default", "template": OTHER}], "have a different chat template"),
 ])  # fmt: skip
-def test_weights_of_another_chat_template_or_none_get_a_note(template, note, capfd, tmp_path):
+def test_weights_without_this_chat_template_get_a_note(template, note, capfd, tmp_path):
     flags = [folder_with(tmp_path, template), "--max_new_tokens=1"]
     output = run(capfd, *flags, "--chat", "--prompt=Hi")[2]
-    assert output.count("note: these weights") == 1 and f"note: these weights {note}: answers may make" in output
+    assert output.count("note: these weights") == 1 and f"note: these weights {note}: SmolLM2's template is" in output
     assert "note: these weights" not in run(capfd, *flags)[2]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\\n"])
 @pytest.mark.parametrize("sentence", ["You are a helpful assistant.", "Antworte knapp (auf Deutsch)!"])
-def test_a_template_with_another_system_sentence(newline, sentence, capfd, monkeypatch, tmp_path, hf_tokenizer):
-    """Other copies of the release have one: the prompt is as jinja2 renders their template, and there is no note."""
+def test_a_template_with_a_different_system_message(newline, sentence, capfd, monkeypatch, tmp_path, hf_tokenizer):
+    """Some copies of the release have one: the prompt is as jinja2 renders their template, and there is no note."""
     template = header_value(wheel_gguf(), "tokenizer.chat_template").replace("\n", newline).replace(SYSTEM, sentence)
     prompts = []
 
@@ -148,10 +150,10 @@ sample.converse(None, "", 100, lambda ids: iter([[repr(ids)], [None]]))
 
 
 def test_lines_pasted_together_are_one_question():
-    """On a terminal; what is typed, even ahead, stays one question for each line."""
+    """In a terminal. Lines that are typed, even ahead of time, are one question each."""
     terminal, theirs = os.openpty()
-    root, env = Path(sample.__file__).parent, dict(os.environ, TERM="xterm")
-    process = subprocess.Popen([sys.executable, "-c", PASTED], cwd=root, env=env, stdin=theirs, stdout=theirs)
+    env = dict(os.environ, TERM="xterm")
+    process = subprocess.Popen([sys.executable, "-c", PASTED], cwd=ROOT, env=env, stdin=theirs, stdout=theirs)
     os.close(theirs)
     output = b""
     for keys in (b"\x1b[200~one\ntwo\rthree\x1b[201~\r", b"four\rfive\r", b"", b"/exit\r"):
@@ -167,10 +169,8 @@ def test_lines_pasted_together_are_one_question():
 
 def test_a_conversation_longer_than_the_context(capfd, monkeypatch, tmp_path):
     save_checkpoint(tmp_path, tiny())
-    parts = talk(
-        capfd, monkeypatch, ["one two three " * 4, "four five six " * 4, "seven " * 200, "/reset", "hello"],
-        f"--out_dir={tmp_path}", "--max_new_tokens=40",
-    )  # fmt: skip
+    lines = ["one two three " * 4, "four five six " * 4, "seven " * 200, "/reset", "hello"]
+    parts = talk(capfd, monkeypatch, lines, f"--out_dir={tmp_path}", "--max_new_tokens=40")
     assert "1 of 1 earlier turns are forgotten" in parts[1] and "too long: " in parts[2]
     assert "a new conversation" in parts[3] and "forgotten" not in parts[4]
 
@@ -205,10 +205,6 @@ def test_sampling_settings_are_checked_before_the_weights_load(flag, capfd):
     assert exit.value.code == 2 and "it must be a" in capfd.readouterr().err
 
 
-def test_a_base_is_for_adapters(capfd):
-    assert run(capfd, "--init_from=wheel", "--base=base")[0] == 2
-
-
 @pytest.mark.parametrize("flags, values", [
     (["--chat"], [0.2, 0, 0.9]), (["--chat", "--top_k=5"], [0.2, 5, 0.9]), ([], [0.8, 50, 1.0]),
 ])  # fmt: skip
@@ -218,11 +214,10 @@ def test_chat_has_the_cards_defaults(flags, values):
 
 
 def test_rows_beyond_the_tokenizer_are_never_drawn(capfd, tmp_path):
-    """A vocabulary padded to 50,304, whose further rows are by far the most likely."""
-    network = tiny(vocab_size=50_304)
-    with torch.no_grad():
-        network.model.embed_tokens.weight[49_152:] *= 100
-    save_checkpoint(tmp_path, network)
+    """A vocabulary padded to 50,304, in which the padding rows are by far the most likely."""
+    model = tiny(vocab_size=50_304)
+    model.model.embed_tokens.weight.data[49_152:] *= 100
+    save_checkpoint(tmp_path, model)
     code, texts, _ = run(capfd, f"--out_dir={tmp_path}", "--max_new_tokens=20", "--num_samples=3", "--top_k=0")
     assert code == 0 and len(texts) == 3
 
@@ -238,13 +233,12 @@ def test_a_checkpoint(capfd, out_dir):
     assert run(capfd, f"--init_from={out_dir}/ckpt.pt", *flags[1:])[1] == texts
     greedy = [run(capfd, *flags, f"--temperature={t}")[1] for t in (0, 1e-40, 1e-37)]  # logits / 1e-37 overflow
     assert greedy[0] == greedy[1] == greedy[2]
-    code, texts, _ = run(capfd, *flags[:2], "--prompt=")  # an empty prompt begins a document
-    assert code == 0 and texts[0]
+    assert run(capfd, *flags[:2], "--prompt=")[1][0]  # an empty prompt begins a document
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
-    (["--prompt=" + 40 * "one "], r"the prompt is too long: \d+ tokens do not fit a context of 32: shorten it"),
+    (["--prompt=" + 40 * "one "], r"the prompt has \d+ tokens, but the context only 32: shorten the prompt"),
     (["--prompt=@no.txt"], r"no.txt cannot be used \(No such file"),
     (["--prompt=@latin.txt"], r"latin.txt cannot be used \('utf-8' codec can't decode .*: .* in UTF-8"),
     (["--init_from=bsae"], "did you mean base"),
@@ -257,7 +251,7 @@ def test_errors(capfd, out_dir, flags, message, tmp_path, monkeypatch):
     assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
 
 
-def test_without_a_compiler_it_goes_on(out_dir, capfd, monkeypatch):
+def test_without_a_compiler_it_runs_eagerly(out_dir, capfd, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no C++ compiler")
 
@@ -270,19 +264,16 @@ def test_without_a_compiler_it_goes_on(out_dir, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("to", ["| head -1", ">&-"])
-def test_a_closed_stdout_ends_it_quietly(to, out_dir):
-    root = Path(sample.__file__).parent
+def test_a_closed_stdout_is_no_error(to, out_dir):
     flags = f"--out_dir={out_dir} --device=cpu --dtype=float32 --num_samples=9 --max_new_tokens=9"
     line = f"{sys.executable} sample.py {flags} {to}"
-    process = subprocess.run(["bash", "-c", line], cwd=root, capture_output=True, text=True)
+    process = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("error, kind, message", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), SystemExit,
-     r"error: out of memory \(CUDA out of memory.*--dtype=bfloat16"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), SystemExit,
-     r"error: out of memory \(.*--dtype=bfloat16"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), SystemExit, r"error: out of memory \(CUDA .*bfloat16"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), SystemExit, r"error: out of memory \(.*bfloat16"),
     (MemoryError(), SystemExit, r"error: out of memory \(MemoryError\).*--dtype=bfloat16"),
     (OSError(5, "Input/output error", "a.json.12.tmp"), SystemExit, "error: a.json: Input/output error: use another"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError, "illegal memory access"),

@@ -80,38 +80,28 @@ def prepare(folder):
     write_dataset(folder / "data/text", train, val, vocab_size=300)
 
 
-def fork(folder, work):
-    """Start a child of this process that calls work() in `folder`, its output in folder/output."""
+def start(folder, flags, **environment):
+    """Start a child of this process that runs train.py in `folder`, its output in folder/output."""
 
-    def child():
+    def work():
+        os.environ.update(environment)
         os.chdir(folder)
         with open("output", "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    return process
-
-
-def start(folder, flags, **environment):
-    """Start a child that runs train.py in `folder`. environment: variables to set."""
-
-    def work():
-        os.environ.update(environment)
         train.main(configure(train.TrainConfig, flags, saved=train.saved_settings))
 
-    return fork(folder, work)
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
 def start_processes(folder, flags, processes):
     """Start one run, shared by that many children as torchrun would start them."""
     if processes == 1:
         return [start(folder, flags)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
     shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return [start(folder, flags, RANK=str(i), LOCAL_RANK=str(i), **shared) for i in range(processes)]
 
@@ -216,13 +206,10 @@ def kill_rank(folder, dice):
 
 def fill_disk(folder, dice):
     """Limit the size of files, which simulates a full disk without a separate file system."""
-    limit = dice.choice([200, 5_000, 60_000, 150_000])
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    size = dice.choice([200, 5_000, 60_000, 150_000])
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     command = [sys.executable, str(ROOT / "train.py"), *FLAGS]
-    done = subprocess.run(command, cwd=folder, preexec_fn=limited, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, preexec_fn=limit, capture_output=True, text=True)
     (folder / "output").write_text(done.stdout + done.stderr)
     shutil.rmtree(folder / "out", ignore_errors=True)  # this process picked its matmul by measuring
     return 0, done.returncode == 0 or done.stderr.count("\n") != 1 or not list_errors(folder)
@@ -253,11 +240,10 @@ def damage(name, change, checksums=True):
         change(content, dice)
         (folder / name).write_bytes(content)
         code = wait(start(folder, ["--init_from=resume", f"--max_iters={ITERS}"]))
+        silent = code not in (1, 2) or len(list_errors(folder)) != 1
         if code == 0:
-            used = checksums and "note: " not in read_output(folder)
-            silent = used and count_differing(EXPECTED[1], read_state(folder))
-        else:
-            silent = code not in (1, 2) or len(list_errors(folder)) != 1
+            unnoticed = checksums and "note: " not in read_output(folder)
+            silent = unnoticed and count_differing(EXPECTED[1], read_state(folder))
         shutil.rmtree(folder / "out")
         shutil.rmtree(folder / "data")
         prepare(folder)
@@ -330,9 +316,8 @@ def torture(config):
             assert resume(folder, processes), read_output(folder)
             EXPECTED[processes] = read_state(folder)
         for name, fault in FAULTS.items():
-            row = [0] * 5
+            row = table[name] = [0] * 5
             processes = 2 if fault is kill_rank else 1
-            table[name] = row
             for trial in range(config.trials):
                 folder = Path(temporary) / f"trial{trial}"
                 prepare(folder)
