@@ -11,7 +11,7 @@ train.py continues from the checkpoint several times, in a temporary folder; the
     controls    the last 50 again, once without the optimizer's moments, once with the scheduler reset
 
 The resumed run must have exactly the straight run's weights, moments, scheduler and log.csv (except its timings). The
-controls must differ: they show that the test can fail.
+controls must differ: they show that the test can fail. The losses of both runs are drawn to resume.png in the folder.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from configurator import configure
 import torch
 
 from lib.checkpoint import read_checkpoint, write_checkpoint
+from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 from train import TrainConfig, saved_settings, train
 
 
@@ -112,6 +113,16 @@ def main(config):
             ok = differing > total / 2 and control_rows != straight_rows[config.iters :]
             report(ok, title, differing, total)
 
+    # The straight run as a line, the resumed run as dots on it.
+    figure, axes = new_picture()
+    iterations, losses = zip(*((iteration, float(loss)) for iteration, loss, *_ in straight_rows), strict=True)
+    axes.plot(iterations, losses, color=BLUE, label="without a stop")
+    iterations, losses = zip(*((iteration, float(loss)) for iteration, loss, *_ in resumed_rows), strict=True)
+    axes.plot(iterations, losses, "o", color=ORANGE, markersize=3, label="stopped and resumed")
+    axes.axvline(stop, color=GREY, linestyle=":")
+    axes.set(xlabel="iteration", ylabel="train loss, nats per token", title=verdict)
+    axes.legend()
+    save_picture(figure, Path(config.out_dir) / "resume.png")
     print(f"\nresume_test: {checks.count(True)} ✓, {checks.count(False)} ✗: {verdict}")
     sys.exit(0 if all(checks) else 1)
 

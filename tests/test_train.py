@@ -417,7 +417,7 @@ def test_the_checkpoint_test(place, capfd):
     assert re.search(r"resume_test: 6 ✓, 0 ✗: after the resume, 0 of [\d,]+ weights differ\n$", out), out
     assert "a/ckpt.pt: iteration 4; straight to 14, and with a stop at 9" in out
     assert Path("a/ckpt.pt").read_bytes() == before and {path.name for path in Path("a").iterdir()} == {
-        "ckpt.pt", "log.csv", "loss.png",
+        "ckpt.pt", "log.csv", "loss.png", "resume.png",
     }  # fmt: skip
 
 
