@@ -36,7 +36,7 @@ from lib.official import SHA256, wheel_gguf
 from lib.oracle import ACTIVATIONS, build_variant
 from lib.pictures import BLUE, GREY, ORANGE, PURPLE, new_picture, save_picture
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
-from lib.weights import config_from_json, expected_shapes, find_weights, without_head
+from lib.weights import config_from_json, drop_tied_head, expected_shapes, find_weights
 from model import PRESETS, ModelConfig, parameter_table
 
 
@@ -433,7 +433,7 @@ def main(config):
     torch.set_float32_matmul_precision("medium")  # faster on some CPUs; a few of them then multiply in bfloat16
     source = find_weights(config.init_from, tokenizer=config.tokenizer)
     print(source.about)
-    tensors = without_head(source.read(), source.path)
+    tensors = drop_tied_head(source.read(), source.path)
     tensor_shapes = {name: tuple(w.shape) for name, w in tensors.items()}
     is_135m = tensor_shapes == expected_shapes(PRESETS["135M"])
     sources = collect_sources(source, is_135m)

@@ -6,7 +6,7 @@ Write weights as a Hugging Face folder, which transformers, vLLM and others load
     python export.py --format=gguf --dtype=q8_0                  # out/ckpt.pt -> out/export.gguf, a quarter of the size
 
 The export carries the special tokens that these weights were trained with and, for a chat model, its chat template.
-Nothing gets its final name before transformers has computed the same logits from it as model.py. To upload a folder:
+It gets its final name only after transformers has computed the same logits from it as model.py. To upload a folder:
 `hf upload org/name out/export`.
 """
 
@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lib.checkpoint import read_checkpoint
-from lib.errors import first_line, one_line_errors, reject, usable, write_hint
-from lib.files import owned_folder, put_in_place
-from lib.gguf import NAMES, write_gguf
+from lib.errors import check, first_line, one_line_errors, reject, suggest_fix, usable
+from lib.files import lock_folder, put_in_place
+from lib.gguf import RELEASE_NAMES, write_gguf
 from lib.oracle import build_oracle
 from lib.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json
 from lib.weights import config_to_json, find_weights, load_network
@@ -39,24 +39,21 @@ from lib.weights import config_to_json, find_weights, load_network
 class ExportConfig:
     """Write weights as a Hugging Face folder (config.json, model.safetensors, tokenizer files) or as a GGUF file."""
 
-    init_from: str = "resume"  # out_dir's ckpt.pt; or a release's name (base, instruct, ...), a folder, .gguf, .pt
-    out_dir: str = "out"  # where that ckpt.pt is
-    base: str = ""  # LoRA adapters: the weights they were trained on; by default those their config names
-    tokenizer: Literal["", "base"] = ""  # base: SmolLM2's own, in place of the one beside the weights
+    init_from: str = "resume"  # "resume" (out_dir's ckpt.pt), a release (base, instruct, ...), a folder, .gguf, .pt
+    out_dir: str = "out"  # folder with that ckpt.pt
+    base: str = ""  # weights that a LoRA adapter was trained on (default: the ones named in its config)
+    tokenizer: Literal["", "base"] = ""  # "base": use SmolLM2's own tokenizer, not the one next to the weights
     format: Literal["hf", "gguf"] = "hf"  # a Hugging Face folder, or one file for llama.cpp
-    to: str = ""  # the folder or .gguf to write; by default `export` or `export.gguf` in out_dir
-    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the weights in the file; q8_0: gguf only
+    to: str = ""  # folder or .gguf to write (default: `export` or `export.gguf` in out_dir)
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # dtype of the saved weights; q8_0: gguf only
 
     def __post_init__(self):
         check_used(self, self.init_from == "resume" or not self.to, "without --init_from=resume", "out_dir")
 
 
-GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-
-
 @torch.no_grad()
 def check_logits(path):
-    """End the program if transformers computes other logits from it than model.py does. Return a line to print."""
+    """Exit if transformers computes different logits from it than model.py. Return a line to print."""
     try:
         import transformers
     except ImportError:
@@ -65,20 +62,19 @@ def check_logits(path):
     model = load_network(find_weights(str(path)))
     if path.is_dir():
         oracle = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    else:  # transformers reads a GGUF only with accelerate; it gets the weights that we read from the file
+    else:  # transformers needs accelerate to read a GGUF, so it gets the weights that we read from the file
         oracle = build_oracle(model.config, model.state_dict())
     T = min(64, model.config.max_position_embeddings)
     idx = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     expected = oracle(idx).logits
     error = ((model(idx) - expected).norm() / expected.norm()).item()
-    if not error < 1e-4:  # written so that NaN counts as wrong; equal models differ by about 1e-6
-        fault = f"transformers' Llama computes other logits (relative error {error:.1e})"
-        sys.exit(f"error: {fault}: model.py is no longer a Llama")
+    fault = f"transformers' Llama computes different logits (relative error {error:.1e})"
+    check(error < 1e-4, f"{fault}: model.py is no longer a Llama")  # also fails for NaN; equal models differ by 1e-6
     return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
 
 
 def name_tokens(source, tokenizer):
-    """Return {"bos_token": "<|im_start|>", ...} for a source's special_ids. End the program if one is no token."""
+    """Return {"bos_token": "<|im_start|>", ...} for a source's special_ids. Exit if one is not a token."""
     tokens = {i: token for token, i in tokenizer["model"]["vocab"].items()}
     tokens |= {added["id"]: added["content"] for added in tokenizer["added_tokens"]}
     names = {"unk_token": tokens[END_OF_TEXT]}
@@ -86,40 +82,30 @@ def name_tokens(source, tokenizer):
         if max(tokens) >= source.config.vocab_size:
             raise ValueError(f"its tokenizer has {max(tokens) + 1:,} tokens, its model {source.config.vocab_size:,}")
         for name, i in source.special_ids.items():
-            ids = i if name == "eos_token_id" and isinstance(i, list) else [i]  # several may end a text
-            if any(type(one) is not int or one not in tokens for one in ids):
-                raise ValueError(f"{name} = {i!r} is no token")
+            ids = i if name == "eos_token_id" and isinstance(i, list) else [i]  # there may be several end tokens
+            if any(type(i) is not int or i not in tokens for i in ids):
+                raise ValueError(f"{name} = {i!r} is not a token")
             names[name.removesuffix("_id")] = tokens[ids[0]]
     return names
 
 
-def describe(source, model, run, config):
-    """Return {label: value} about the weights and, for a checkpoint (else run is {}), about the run that made them."""
-    rows = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "dtype": config.dtype}
-    if not run:
-        return rows | {"weights": source.title}
-    rows |= {"trained on": run["config"].get("dataset", "unknown text"), "iteration": f"{run['iter_num']:,}"}
-    best = run.get("best_val_loss", math.inf)
-    return rows | ({"best val loss": f"{best:.4f} nats per token"} if best < math.inf else {})
-
-
 def write_card(path, name, rows, run):
-    """Write README.md: what the weights are, and how they were trained."""
+    """Write README.md, the model card. rows: {label: value}; run: the checkpoint, or {}."""
     text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n| | |\n|---|---|\n"
     text += "".join(f"| {label} | {value} |\n" for label, value in rows.items())
     if run:
-        local = ("out_dir", "data_dir", "overwrite")  # they say nothing about the weights
-        settings = "\n".join(f"{name} = {value!r}" for name, value in run["config"].items() if name not in local)
+        omitted = ("out_dir", "data_dir", "overwrite")  # irrelevant to the weights
+        settings = "\n".join(f"{name} = {value!r}" for name, value in run["config"].items() if name not in omitted)
         text += f"\nnanoSmolLM's train.py trained it with these settings:\n\n```python\n{settings}\n```\n"
     path.write_text(text, encoding="utf-8")
 
 
 def write_folder(folder, source, model, dtype, content, names):
-    """Write the Hugging Face folder. content: of tokenizer.json; names: of the special tokens."""
+    """Write the Hugging Face folder. content: tokenizer.json's bytes; names: from name_tokens."""
     settings = config_to_json(source.config, mlp_bias=False, torch_dtype=dtype, **source.special_ids)
     tokenizer = names | dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
     tokenizer["model_max_length"] = source.config.max_position_embeddings
-    if source.chat_template:  # here, where every version of transformers, and llama.cpp's converter, look for it
+    if source.chat_template:  # every version of transformers, and llama.cpp's converter, find it here
         tokenizer["chat_template"] = source.chat_template
     folder.mkdir()
     # The names in model.py are the release's, and the tied head is left out, as in the release.
@@ -127,7 +113,7 @@ def write_folder(folder, source, model, dtype, content, names):
     (folder / "tokenizer.json").write_bytes(content)
     for name, fields in (("", settings), ("generation_", source.special_ids), ("tokenizer_", tokenizer)):
         (folder / f"{name}config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    # safetensors lets nobody but the owner read its file
+    # safetensors makes its file readable for the owner only
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
@@ -138,9 +124,8 @@ def main(config):
     if gguf != (path.suffix == ".gguf"):
         reject(f"--to={path} with --format={config.format}: a GGUF file's name ends in .gguf, a folder's does not")
     if config.dtype == "q8_0" and not gguf:
-        reject("--dtype=q8_0 is a type of GGUF files: add --format=gguf, or take --dtype=bfloat16")
-    if path.exists():
-        sys.exit(f"error: {path} is there already: move it away, or give another with --to=")
+        reject("--dtype=q8_0 is for GGUF files: add --format=gguf, or use --dtype=bfloat16")
+    check(not path.exists(), f"{path} exists already: move it away, or choose a different --to=")
 
     source = find_weights(config.init_from, config.out_dir, config.base, config.tokenizer)
     print(source.about)
@@ -151,47 +136,53 @@ def main(config):
     names = name_tokens(source, tokenizer)
     model = load_network(source)
     parts = {re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix(".weight") for name in model.state_dict()}
-    for part in parts ^ (set(NAMES.values()) - {"lm_head"}):
+    for part in parts ^ (set(RELEASE_NAMES.values()) - {"lm_head"}):
         sys.exit(f"error: {part} is in only one of model.py and transformers' Llama: model.py is no longer a Llama")
-    # q8_0 stores a float16 for each 32 values: a 127th of the largest
+    # q8_0 stores a float16 for every 32 values: the largest / 127
     stored, scale = (torch.float16, 1 / 127) if config.dtype == "q8_0" else (getattr(torch, config.dtype), 1)
     for name, tensor in model.state_dict().items():
         if not (gguf and tensor.dim() == 1) and not (tensor * scale).to(stored).isfinite().all():
             value = f"{name} has the value {tensor.abs().max():.3g}"
             sys.exit(f"error: {value}, which does not fit {config.dtype}: use --dtype=bfloat16, or float32")
-    rows = describe(source, model, run, config)
+    rows = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "dtype": config.dtype}
+    if run:
+        rows |= {"trained on": run["config"].get("dataset", "unknown text"), "iteration": f"{run['iter_num']:,}"}
+        if run["best_val_loss"] < math.inf:
+            rows["best val loss"] = f"{run['best_val_loss']:.4f} nats per token"
+    else:
+        rows["weights"] = source.title
 
-    owned = Path(f"{path}.unfinished")
-    unfinished = owned / "files"  # what is in it has its final name, and is checked there
+    locked = Path(f"{path}.unfinished")
+    unfinished = locked / "files"  # files are written and checked here, under their final names
     written = unfinished / path.name
-    with owned_folder(owned, "to"):
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    with lock_folder(locked, "to"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
         try:
             unfinished.mkdir()
             if gguf:
                 about = ", ".join(f"{label}: {value}" for label, value in rows.items())
-                chat = (tokenizer, source.special_ids, source.chat_template)
-                kind = GGUF_TYPES[config.dtype]
-                write_gguf(written, source.config, model.state_dict(), kind, *chat, path.stem, about)
+                specials = (source.special_ids, source.chat_template)
+                kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[config.dtype]
+                write_gguf(written, source.config, model.state_dict(), kind, tokenizer, *specials, path.stem, about)
             else:
                 write_folder(written, source, model, config.dtype, content, names)
                 write_card(written / "README.md", path.name, rows, run)
-            compared = check_logits(written)
+            comparison = check_logits(written)
             for file in [written] if gguf else written.iterdir():
-                with open(file, "rb+") as whole:
-                    os.fsync(whole.fileno())
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
             put_in_place(written, path)
-        except (OSError, SafetensorError) as error:  # numpy and safetensors say nothing of the cause, a full disk
-            advice = write_hint(error) if getattr(error, "errno", None) else "free some disk, or use another folder"
-            sys.exit(f"error: {path} could not be written ({first_line(error)}): {advice} with --to=")
+        except (OSError, SafetensorError) as error:  # numpy and safetensors do not report the cause, a full disk
+            hint = suggest_fix(error) if getattr(error, "errno", None) else "free some space, or use a different folder"
+            sys.exit(f"error: {path} could not be written ({first_line(error)}): {hint} with --to=")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in ([path] if gguf else path.iterdir()))
-    print(f"{path}: {rows['parameters']} parameters, {config.dtype}, {size / 1e6:,.0f} MB")
-    print(compared)
+    print(f"wrote {path}: {rows['parameters']} parameters, {config.dtype}, {size / 1e6:,.0f} MB")
+    print(comparison)
     quoted = shlex.quote(str(path))
-    how = f"llama-cli -m {quoted}" if gguf else f"transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
-    print(f"to load: {how}, or python sample.py --init_from={quoted}")
+    call = f"llama-cli -m {quoted}" if gguf else f"transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
+    print(f"to load: {call}, or python sample.py --init_from={quoted}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from lib.conversations import encode_conversation, keep_learnable, pack_rows, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import check, one_line_errors, usable
-from lib.files import owned_folder, put_in_place, sha256_of, written_whole
+from lib.files import lock_folder, put_in_place, sha256_of, written_whole
 from lib.python_chat import read_python_chat
 from lib.text import ROWS, TEXT_SUFFIXES, count_odd_text, find_files, hash_messages, read_documents, strip_gz, suffix_of
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
@@ -369,7 +369,7 @@ def main(config):
     started = time.perf_counter()
     draft = folder / "unfinished"
     try:
-        owned = owned_folder(folder, "name or --data_dir")
+        owned = lock_folder(folder, "name or --data_dir")
         with one_line_errors("lower --block_size", folder), owned, ExitStack() as at_exit:
             with suppress(OSError, ValueError, KeyError, TypeError):  # no dataset, or an unusable one
                 earlier = json.loads((folder / "meta.json").read_bytes())["sources"]["identity"]

@@ -22,7 +22,7 @@ import torch
 from lib.chat import SYSTEM, TEMPLATE, chat_ids
 from lib.errors import check, one_line_errors, usable
 from lib.machine import pick_device, pick_matmul, try_compiling
-from lib.tokenizer import END_OF_TEXT, encode, known_ids, load_tokenizer
+from lib.tokenizer import END_OF_TEXT, encode, list_known_ids, load_tokenizer
 from lib.weights import find_weights, load_network
 
 HELP = "/reset starts over, /system TEXT changes the system message, /exit or Ctrl-D quits, Ctrl-C stops a reply"
@@ -161,7 +161,7 @@ def main(config):
     settings = dict(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         repetition_penalty=config.repetition_penalty, stop_ids=stop_ids,
-        allowed=torch.tensor(known_ids(encoding, model.config.vocab_size), device=device),
+        allowed=torch.tensor(list_known_ids(encoding, model.config.vocab_size), device=device),
         generator=torch.Generator(device).manual_seed(config.seed),
     )  # fmt: skip
 

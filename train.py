@@ -26,7 +26,7 @@ from lib.checkpoint import read_checkpoint, refuse_earlier_run, remove_earlier_r
 from lib.dataset import open_data
 from lib.errors import check, one_line_errors
 from lib.evaluation import Sampler, evaluate_loss
-from lib.files import owned_folder
+from lib.files import lock_folder
 from lib.log import RunLog, import_tracker, print_resume, print_start, say
 from lib.machine import autocast, keep_memory, try_step
 from lib.optimizer import build_optimizer, load_run
@@ -263,7 +263,7 @@ def main(config):
         f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps "
         f"({config.gradient_accumulation_steps}) by the same factor, or lower block_size ({config.block_size})"
     )
-    owned = owned_folder(config.out_dir, "out_dir") if os.environ.get("RANK", "0") == "0" else nullcontext()
+    owned = lock_folder(config.out_dir, "out_dir") if os.environ.get("RANK", "0") == "0" else nullcontext()
     with one_line_errors(memory_hint, config.out_dir), owned:
         sys.exit(train(config))
 

@@ -28,7 +28,7 @@ from lib.gguf import read_gguf_types
 from lib.official import SHA256
 from lib.oracle import build_oracle, build_variant
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
-from lib.weights import bare, build, expected_shapes, find_weights, load_network
+from lib.weights import build, expected_shapes, find_weights, load_network, unwrap
 from model import KVCache
 
 
@@ -206,9 +206,9 @@ def check_files(checklist, source, tensors, model):
                 begin, end = entry["data_offsets"]
                 file.seek(start + begin)
                 values = torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtypes[entry["dtype"]]).float()
-                weight = loaded["model.embed_tokens.weight" if bare(name) == "lm_head.weight" else bare(name)]
+                weight = loaded["model.embed_tokens.weight" if unwrap(name) == "lm_head.weight" else unwrap(name)]
                 if torch.equal(weight.view(torch.int32), values.view(entry["shape"]).view(torch.int32)):
-                    identical.append(bare(name))
+                    identical.append(unwrap(name))
     wrong = [name for name in tensors if name not in identical]
     checklist.row("every value, bit for bit", not wrong, f"{len(identical)} of {len(tensors)}", "all", wrong[:5])
 

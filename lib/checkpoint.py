@@ -1,5 +1,5 @@
 """
-ckpt.pt: one dict, written atomically, read without running any code in it, with a CRC of every tensor.
+Read and write ckpt.pt: one dict, written atomically, loaded without running any code, with a CRC of every tensor.
 
     checkpoint = read_checkpoint("out/ckpt.pt")      # tensors and plain values, on the CPU
     write_checkpoint("out/ckpt.pt", checkpoint)
@@ -7,15 +7,15 @@ ckpt.pt: one dict, written atomically, read without running any code in it, with
 Its keys:
     model, optimizer, scheduler   state dicts
     iter_num                      updates done
-    sequences_read                of train.bin: the next batch begins there, also if the batch size was changed
+    sequences_read                of train.bin: the next batch begins there, even if the batch size changes
     losses                        of the iterations since the last log line, which shows their mean
     best_val_loss                 lowest validation loss so far
     config                        every setting, resolved, by name
     data                          sha256 of train.bin and val.bin
-    chat                          whether the model was trained on conversations, so that a text ends with <|im_end|>
+    chat                          whether the model was trained on conversations, which end with <|im_end|>
     machine                       matmul precision, number of threads and of processes: the last bits depend on them
     version                       of this layout
-best.pt (train.py --save_best=True) has no optimizer and no scheduler: weights to use, not a run to resume.
+best.pt (train.py --save_best=True) has no optimizer and no scheduler: it has weights to use, not a run to resume.
 """
 
 import os
@@ -26,75 +26,71 @@ import zipfile
 
 import torch
 
-from lib.errors import first_line, usable, write_hint
+from lib.errors import check, first_line, suggest_fix, usable
 from lib.files import written_whole
 
 VERSION = 3  # 1 had its own checksums, 2 no sequences_read
-HINT = "take an earlier copy, or train again"
-WEIGHTS = {"model", "iter_num", "config", "best_val_loss", "data", "chat", "machine"}  # in every checkpoint
-RUN = WEIGHTS | {"optimizer", "scheduler", "sequences_read", "losses"}  # what a resume needs
+HINT = "use an earlier copy, or train again"
+WEIGHT_KEYS = {"model", "iter_num", "config", "best_val_loss", "data", "chat", "machine"}  # in every checkpoint
+RESUME_KEYS = WEIGHT_KEYS | {"optimizer", "scheduler", "sequences_read", "losses"}
 
 
 def read_checkpoint(path, mmap=False, resume=True):
     """
-    Return the dict in `path`, on the CPU, because a GPU may have no room for a second copy. mmap=True leaves the
-    tensors on the disk, unread and unchecked, until they are used. resume=False asks for weights alone. End the program
-    with one line if the file is missing, damaged, of another version, or lacks what was asked for.
+    Return the dict in `path`, on the CPU, because a GPU may not have space for a second copy. Exit if it is missing,
+    damaged or incomplete (resume=False: weights will do). mmap=True leaves tensors on disk, unchecked, until used.
     """
-    if not os.path.isfile(path):
-        sys.exit(f"error: there is no checkpoint {path}: train first, or give the --out_dir of a run that saved one")
+    hint = "train first, or pass the --out_dir of a run that saved one"
+    check(os.path.isfile(path), f"there is no checkpoint {path}: {hint}")
     checkpoint = load_saved(path, mmap)
     with usable(path, HINT):
         if checkpoint["version"] != VERSION:
             raise ValueError(f"it has layout {checkpoint['version']}, and this code reads layout {VERSION}")
-        missing = (RUN if resume else WEIGHTS) - checkpoint.keys()
-        if missing and missing <= RUN - WEIGHTS:
-            flag = f"--init_from={shlex.quote(str(path))}"
-            sys.exit(f"error: {path} has no optimizer: begin a new run with its weights, {flag}")
-        if missing:
+        if missing := WEIGHT_KEYS - checkpoint.keys():
             raise KeyError(", ".join(sorted(missing)))
+    complete = not resume or checkpoint.keys() >= RESUME_KEYS
+    flag = f"--init_from={shlex.quote(str(path))}"
+    check(complete, f"{path} has no optimizer: begin a new run with its weights, {flag}")
     if not mmap:
         check_crc(path)
     return checkpoint
 
 
 def load_saved(path, mmap=True):
-    """Return what is in a torch.save file, on the CPU. No code that the file may hold is run."""
+    """Return the contents of a torch.save file, on the CPU, without running any code in it."""
     with usable(path, HINT):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError:  # torch's message advises to run the file
+        except pickle.UnpicklingError:  # torch's own message suggests running the file
             raise ValueError("it is damaged, or holds more than tensors and plain values and could run code") from None
 
 
 def check_crc(path):
-    """End the program with one line if a tensor or a plain value in `path` is not as torch.save wrote it."""
+    """Exit if a tensor or a plain value in `path` has changed since torch.save wrote it."""
     with usable(path, HINT), zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"its record {damaged} is damaged, the CRC differs")
 
 
 def write_checkpoint(path, checkpoint):
-    """Write the dict to `path` atomically. End the program with one line if it cannot be written."""
+    """Write the dict to `path` atomically. Exit if that fails."""
     try:
         with written_whole(path) as file:
             torch.save(checkpoint | dict(version=VERSION), file)
     except (OSError, RuntimeError) as error:
-        # torch turns a failed write into a RuntimeError of its own; the cause is in its context
+        # torch turns a failed write into a RuntimeError, with the cause in its context
         cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
-        hint = write_hint(cause) if isinstance(cause, OSError) else "see whether the disk is full"
+        hint = suggest_fix(cause) if isinstance(cause, OSError) else "check whether disk space ran out"
         reason = getattr(cause, "strerror", None) or first_line(error)
-        sys.exit(f"error: {path} could not be written ({reason}), the one before it is untouched: {hint}")
+        sys.exit(f"error: {path} could not be written ({reason}), the earlier one is untouched: {hint}")
 
 
 def refuse_earlier_run(out_dir, overwrite):
-    """End the program with one line if out_dir holds an earlier run that a new one may not replace."""
-    if (out_dir / "ckpt.pt").exists() and not overwrite:
-        quoted = shlex.quote(str(out_dir))
-        sys.exit(
-            f"error: {out_dir}/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir={quoted}; "
-            "to start over and lose it, --overwrite=True; to keep it, another --out_dir"
-        )
+    """Exit if out_dir holds an earlier run and `overwrite` is False."""
+    choices = f"to continue it, --init_from=resume --out_dir={shlex.quote(str(out_dir))}; "
+    choices += "to start over and lose it, --overwrite=True; to keep it, a different --out_dir"
+    free = overwrite or not (out_dir / "ckpt.pt").exists()
+    check(free, f"{out_dir}/ckpt.pt holds an earlier run: {choices}")
 
 
 def remove_earlier_run(out_dir):

@@ -11,7 +11,7 @@ from lib.batches import count_targets, get_batch, mix, ratio
 from lib.errors import check
 from lib.machine import autocast
 from lib.processes import get_rank, sum_over_ranks
-from lib.tokenizer import END_OF_TEXT, encode, known_ids, load_tokenizer
+from lib.tokenizer import END_OF_TEXT, encode, list_known_ids, load_tokenizer
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ class Sampler:
         self.config, self.device = config, device
         self.encoding = load_tokenizer()
         self.prompt = encode(self.encoding, config.sample_prompt) or [END_OF_TEXT]
-        self.allowed = torch.tensor(known_ids(self.encoding, config.vocab_size), device=device)
+        self.allowed = torch.tensor(list_known_ids(self.encoding, config.vocab_size), device=device)
         context = config.max_position_embeddings
         check(len(self.prompt) <= context, f"sample_prompt is longer than the context ({context}): shorten it")
 

@@ -1,13 +1,13 @@
 """
-Files written atomically, folders with one writer, JSON objects, checksums.
+Write files atomically, lock folders, read JSON objects, compute checksums.
 
     with written_whole("out/loss.png") as file: file.write(content)
-    with owned_folder("out", "out_dir"): ...        # no other run writes there meanwhile
+    with lock_folder("out", "out_dir"): ...         # with a single writer
     meta = read_json("data/python/meta.json", "prepare it again")
     digest = sha256_of("data/python/train.bin")
 
-An atomic write goes to a temporary file in the same folder, is flushed to the disk, and is then renamed over the old
-file. So at every moment, power cuts included, the name holds either the old content or the new one.
+An atomic write goes to a temporary file in the same folder, is flushed to disk, and is then renamed over the old file.
+At every moment, even in a power cut, the name holds either the old content or the new one.
 """
 
 import contextlib
@@ -23,19 +23,11 @@ from filelock import FileLock, Timeout
 from lib.errors import usable
 
 
-def temporary(path):
-    """Return the name under which this process, and no other, writes what will become `path`."""
-    return Path(f"{path}.{os.getpid()}.tmp")
-
-
 @contextlib.contextmanager
 def written_whole(path, mode="wb", **options):
-    """
-    Open a file for writing that becomes `path` when the block ends. If the block or the disk fails, the old `path`
-    stays untouched, nothing is left behind, and the error goes on to the caller. options: as for open().
-    """
-    path = os.path.realpath(path)  # of a symbolic link, the target is replaced
-    unfinished = temporary(path)
+    """Open a file for writing that becomes `path` when the block ends. If the block fails, `path` stays untouched."""
+    path = os.path.realpath(path)  # replace the target of a symbolic link, not the link
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(unfinished, mode, **options) as file:
             if os.path.exists(path):
@@ -46,11 +38,11 @@ def written_whole(path, mode="wb", **options):
         put_in_place(unfinished, path)
     finally:
         with contextlib.suppress(OSError):
-            unfinished.unlink()  # only there if something failed
+            unfinished.unlink()  # exists only if something failed
 
 
 def put_in_place(unfinished, path):
-    """Rename a finished file (or folder) to `path`, and flush the rename itself to the disk."""
+    """Rename a finished file (or folder) to `path`, and flush the rename itself to disk."""
     os.replace(unfinished, path)
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(Path(path).parent, os.O_RDONLY)
@@ -61,27 +53,24 @@ def put_in_place(unfinished, path):
 
 
 @contextlib.contextmanager
-def owned_folder(folder, setting):
+def lock_folder(folder, setting):
     """
-    Make this process the only writer of `folder` inside the block. Create the folder, remove temporary files of dead
-    writers, and afterwards remove the folder if nothing was written to it. The system releases the lock when the
-    process ends, however it ends. If another process owns the folder, end the program with one line that names
-    `setting`.
+    Make this process the only writer of `folder` in the block. Exit and name the setting if there is one already.
+    Remove temporary files of dead writers, and afterwards an empty folder. A killed process releases the lock as well.
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock", timeout=0)
+    other = f"choose a different --{setting}"
     try:
         str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except UnicodeEncodeError:
-        sys.exit(f"error: --{setting} is not UTF-8, and ckpt.pt could not name it: choose a different --{setting}")
+        sys.exit(f"error: --{setting} is not UTF-8, and ckpt.pt could not name it: {other}")
     except Timeout:
-        sys.exit(
-            f"error: {folder} is in use by another process: wait for it, stop it, or choose a different --{setting}"
-        )
+        sys.exit(f"error: {folder} is in use by another process: wait for it, stop it, or {other}")
     except OSError as error:
-        sys.exit(f"error: {folder} cannot be written to ({error.strerror}): choose a different --{setting}")
+        sys.exit(f"error: {folder} cannot be written to ({error.strerror}): {other}")
     for leftover in folder.iterdir():
         if re.fullmatch(r".+\.\d+\.tmp", leftover.name) and leftover.is_file():
             leftover.unlink()
@@ -89,14 +78,14 @@ def owned_folder(folder, setting):
         yield
     finally:
         with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink()  # while we hold it; filelock never takes a lock on a removed file
+            Path(lock.lock_file).unlink()  # while we hold it; filelock never locks a removed file
         lock.release()
         with contextlib.suppress(OSError):
-            folder.rmdir()  # only if nothing is in it
+            folder.rmdir()  # fails unless it is empty
 
 
 def read_json(path, hint):
-    """Return the dict in a JSON file. End the program with one line, which closes with `hint`, if there is none."""
+    """Return the dict in a JSON file. Exit with `hint` if it cannot be read."""
     with usable(path, hint):
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict):

@@ -1,65 +1,49 @@
 """
-GGUF files, under the release's names. The gguf package reads and writes the bytes.
+Read and write GGUF files with the release's tensor names. The gguf package handles the bytes.
 
-    config = read_gguf_config(path)           # the header, as a config.json would say it
-    tensors = read_gguf_tensors(path)         # fp32, in the release's names and row order
-    write_gguf(path, config, tensors, "Q8_0", tokenizer, special_ids, chat_template)    # as llama.cpp loads it
-
-lib/tokenizer.py rebuilds tokenizer.json from a header.
+    config = read_gguf_config(path)           # the header under config.json's names
+    tensors = read_gguf_tensors(path)         # fp32, with the release's names and row order
+    write_gguf(path, config, tensors, "Q8_0", tokenizer, special_ids, chat_template, name, description)
 """
 
 import functools
 import re
-import sys
 
 import gguf
 import numpy as np
 import torch
 
-from lib.errors import usable
+from lib.errors import check, usable
 
-AGAIN = "download or convert it again"
-
-NAMES = {  # llama.cpp's: the release's
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+DAMAGED_HINT = "download or convert it again"
+RELEASE_NAMES = dict(  # llama.cpp's name = the release's name
+    token_embd="model.embed_tokens", output_norm="model.norm", output="lm_head", attn_norm="input_layernorm",
+    attn_q="self_attn.q_proj", attn_k="self_attn.k_proj", attn_v="self_attn.v_proj", attn_output="self_attn.o_proj",
+    ffn_norm="post_attention_layernorm", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj", ffn_down="mlp.down_proj",
+)  # fmt: skip
 
 
-@functools.cache  # two seconds, most of them for the tokenizer's 98,052 strings
+@functools.cache  # it takes two seconds, mostly for the tokenizer's 98,052 strings
 def open_gguf(path):
-    """Return the gguf package's reader of a file. End the program with one line if the file is damaged."""
-    with usable(path, AGAIN):
+    """Return the gguf package's reader for a file. Exit if the file is damaged."""
+    with usable(path, DAMAGED_HINT):
         return gguf.GGUFReader(path)
 
 
-def header_value(path, key):
-    """Return a value of the header, or None if it has none of that name."""
+def read_header(path, key, hint=""):
+    """Return a value from the header. If there is none, return None, or exit with the hint."""
     field = open_gguf(path).get_field(key)
-    with usable(path, AGAIN):
-        return field and field.contents()
+    with usable(path, DAMAGED_HINT):
+        value = field and field.contents()
+    check(value is not None or not hint, f"{path} has no {key} in its header: {hint}")
+    return value
 
 
 def read_gguf_config(path):
-    """Return the header as a dict under config.json's names."""
-    optional = functools.partial(header_value, path)  # None if absent: config_from_json has llama.cpp's defaults
+    """Return the header as a dict with config.json's names. Exit if a key is missing that has no default."""
+    optional = functools.partial(read_header, path)  # None if absent: config_from_json has llama.cpp's defaults
+    header = functools.partial(read_header, path, hint=f"{DAMAGED_HINT}, or use a GGUF file of a Llama model")
     scaling = optional("llama.rope.scaling.type")
-
-    def header(key):
-        if (value := optional(key)) is None:
-            sys.exit(f"error: {path} has no {key} in its header: {AGAIN}, or name a GGUF file of a Llama model")
-        return value
-
     return {
         "model_type": header("general.architecture"),
         "vocab_size": optional("llama.vocab_size") or len(header("tokenizer.ggml.tokens")),
@@ -78,51 +62,46 @@ def read_gguf_config(path):
 
 
 def read_gguf_specials(path):
-    """Return (special_ids, chat_template) of the header, as a Source has them."""
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    found = {name: header_value(path, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    special_ids = {name: i for name, i in found.items() if i is not None}
-    return special_ids, header_value(path, "tokenizer.chat_template") or ""
+    """Return (special_ids, chat_template) from the header, in the form of a Source's."""
+    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {name: read_header(path, f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    return ids, read_header(path, "tokenizer.chat_template") or ""
 
 
 def read_gguf_tensors(path):
-    """
-    Return {name: tensor}, dequantized to fp32. llama.cpp stores the rows of q and k interleaved; put them back into
-    the release's order.
-    """
+    """Return {name: tensor}, dequantized to fp32, with the rows of q and k in the release's order, not llama.cpp's."""
     config = read_gguf_config(path)
+    heads = {"attn_q": config["num_attention_heads"]}
+    heads["attn_k"] = config["num_key_value_heads"] or heads["attn_q"]
     tensors = {}
     for tensor in open_gguf(path).tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
         block, part = match.groups() if match else (None, None)
         with usable(path, f"the gguf package does not read {tensor.tensor_type.name}"):
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        heads = config["num_attention_heads"]
-        if part == "attn_k":
-            heads = config["num_key_value_heads"] or heads
-        if part in ("attn_q", "attn_k") and len(values) % (2 * heads) == 0:  # else load_network refuses the shape
-            values = deinterleave(values, len(values) // heads)
+        if part in heads and len(values) % (2 * heads[part]) == 0:  # otherwise load_network refuses the shape
+            values = deinterleave(values, len(values) // heads[part])
         prefix = f"model.layers.{block}." if block else ""
-        known = part in NAMES  # another name (a bias, say) stays as it is, for load_network to refuse
-        tensors[f"{prefix}{NAMES[part]}.weight" if known else tensor.name] = values
+        known = part in RELEASE_NAMES  # load_network refuses unknown names, such as a bias
+        tensors[f"{prefix}{RELEASE_NAMES[part]}.weight" if known else tensor.name] = values
     return tensors
 
 
 def read_gguf_types(path):
-    """Return [the type of each stored tensor: F32, Q4_1, ...], in the order of read_gguf_tensors."""
+    """Return the type of each stored tensor (F32, Q4_1, ...), in the order of read_gguf_tensors."""
     return [tensor.tensor_type.name for tensor in open_gguf(path).tensors]
 
 
 def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_template, name, description):
     """
-    Write a model to a file that llama.cpp loads. Raise OSError if the disk fails; end the program with one line if
-    rows of this model cannot be of this kind.
+    Write a model to a file for llama.cpp. Raise OSError if that fails; exit if its rows do not fit this kind.
 
-    config: ModelConfig; tensors: {name: floating-point tensor} under the release's names; kind: F32, F16, BF16 or Q8_0,
-    of the matrices, while norms stay F32; tokenizer: a tokenizer.json of SmolLM2's kind, a dict, with no more tokens
-    than config.vocab_size; special_ids, chat_template: as a Source has them; name, description: for people to read.
+    config: ModelConfig; tensors: {name: floating-point tensor} with the release's names; kind: F32, F16, BF16 or Q8_0,
+    for the matrices only: norms stay F32; tokenizer: SmolLM2's tokenizer.json, a dict, perhaps with more tokens, up to
+    config.vocab_size; special_ids, chat_template: a Source's; name, description: for people to read.
     """
-    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]  # llama.cpp wants a token for each row of the embedding
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]  # llama.cpp needs a token for each row of the embedding
     types = [gguf.TokenType.UNUSED] * config.vocab_size
     for token, i in tokenizer["model"]["vocab"].items():
         tokens[i], types[i] = token, gguf.TokenType.NORMAL
@@ -135,7 +114,7 @@ def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_templat
         vocab_size=config.vocab_size, embedding_length=config.hidden_size,
         feed_forward_length=config.intermediate_size, block_count=config.num_hidden_layers,
         head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads,
-        key_length=config.head_dim, value_length=config.head_dim,  # llama.cpp would take hidden_size / heads
+        key_length=config.head_dim, value_length=config.head_dim,  # llama.cpp's default is hidden_size / heads
         rope_dimension_count=config.head_dim, context_length=config.max_position_embeddings,
         rope_freq_base=config.rope_theta, layer_norm_rms_eps=config.rms_norm_eps,
         tokenizer_model="gpt2", tokenizer_pre="smollm", token_list=tokens, token_types=types,
@@ -143,7 +122,7 @@ def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_templat
         unk_token_id=0, add_bos_token=False, add_space_prefix=False,
     )  # fmt: skip
     for key, i in special_ids.items():
-        header[key] = i[0] if isinstance(i, list) else i  # llama.cpp knows more ends by their names
+        header[key] = i[0] if isinstance(i, list) else i  # llama.cpp finds more end tokens by their names
     if chat_template:
         header["chat_template"] = chat_template
     writer = gguf.GGUFWriter(path, "llama")
@@ -151,14 +130,14 @@ def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_templat
         getattr(writer, f"add_{key}")(value)
 
     kinds = {name: gguf.GGMLQuantizationType[kind if t.dim() == 2 else "F32"] for name, t in tensors.items()}
-    names = {release: llama_cpp for llama_cpp, release in NAMES.items()}
-    for name, tensor in tensors.items():  # the header says where each tensor lies, so it is written before them
+    names = {release: llama_cpp for llama_cpp, release in RELEASE_NAMES.items()}
+    for name, tensor in tensors.items():  # the header, which comes first, has the offset of each tensor
         number, part = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
         stored = f"blk.{number}.{names[part]}.weight" if number else f"{names[part]}.weight"
         block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[name]]
-        if tensor.shape[-1] % block:
-            rows = f"{name} has rows of {tensor.shape[-1]} values"
-            sys.exit(f"error: {rows}, but {kind} stores {block} at a time: write F32, F16 or BF16")
+        width = tensor.shape[-1]
+        fault = f"{name} has rows of {width} values, but {kind} stores {block} at a time"
+        check(width % block == 0, f"{fault}: write F32, F16 or BF16")
         size = tensor.numel() // block * block_bytes
         writer.add_tensor_info(stored, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
     try:
@@ -167,35 +146,25 @@ def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_templat
         writer.write_ti_data_to_file()
         for name, tensor in tensors.items():
             if ".q_proj." in name or ".k_proj." in name:
-                tensor = interleave(tensor, config.head_dim)
+                # undo deinterleave
+                tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
             writer.write_tensor_data(gguf.quantize(tensor.float().contiguous().numpy(), kinds[name]))
     finally:
         writer.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# Row orders. Reordering a matrix's rows or heads is exactly the same as computing with another convention, so verify.py
-# and discover.py use these to try the wrong ones. w: (heads * D, C), D the head dimension.
+# ---- Row orders. Reordering rows or heads of a matrix is equivalent to computing with a different convention, and
+# lib/oracle.py uses this to try the wrong ones. w: (heads * D, C), with D the head dimension.
 
 
 def deinterleave(w, head_dim):
-    """
-    Move row 2i of each head to row i and row 2i + 1 to row i + D/2: from llama.cpp's order of q and k, where RoPE
-    rotates neighbors, to the release's half-split order. Applied to weights that are in half-split order already, it
-    makes model.py compute interleaved RoPE.
-    """
+    """Move row 2i of each head to row i and 2i + 1 to i + D/2, from llama.cpp's order of q and k to the release's."""
     return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def interleave(w, head_dim):
-    """Undo deinterleave: from the release's order of q and k to llama.cpp's."""
-    return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def tile_heads(w, dim, num_attention_heads, num_key_value_heads):
+def tile_heads(w, dim, H, K):
     """
     Move query head j * K + k to head k * H/K + j, along `dim` of q_proj (0) or o_proj (1). Then model.py, where head h
-    uses KV head h // (H/K), computes the same as a model in which it uses KV head h % K.
+    of H uses KV head h // (H/K) of K, computes the same as a model that uses KV head h % K.
     """
-    H, K = num_attention_heads, num_key_value_heads
     return w.unflatten(dim, (H // K, K, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)

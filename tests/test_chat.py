@@ -9,7 +9,7 @@ from networks import say
 from transformers import PreTrainedTokenizerFast
 
 from lib.chat import SYSTEM, chat_ids
-from lib.gguf import header_value
+from lib.gguf import read_header
 from lib.official import wheel_gguf
 
 # transformers' mask is 0 for a whole answer that begins with a character without a token. So there are none here.
@@ -21,7 +21,7 @@ TURN = st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), TEXT)
 @pytest.fixture(scope="module")
 def peer(hf_tokenizer):
     """Return (tokenizer with the release's template, that template with transformers' marks around the answers)."""
-    template = header_value(wheel_gguf(), "tokenizer.chat_template")
+    template = read_header(wheel_gguf(), "tokenizer.chat_template")
     begin, end = "{{'<|im_start|>' + message['role'] + '\n'", "message['content'] + '<|im_end|>'"
     turn = f"{begin} + {end} + '\n'}}}}"
     answer = "{% generation %}{{" + end + "}}{% endgeneration %}"

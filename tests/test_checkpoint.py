@@ -1,4 +1,4 @@
-"""checkpoint.py: damage of any kind is found before a resume, and nothing in a file is run."""
+"""lib/checkpoint.py: any damage is found before a resume, and no code in a file is run."""
 
 import copy
 import os
@@ -10,57 +10,44 @@ import pytest
 import torch
 from networks import refusal
 
-from lib.checkpoint import RUN, WEIGHTS, read_checkpoint, write_checkpoint
+from lib.checkpoint import RESUME_KEYS, WEIGHT_KEYS, read_checkpoint, write_checkpoint
 from lib.optimizer import build_optimizer, load_run
 from lib.weights import find_weights
 from model import SmolLM2
 from train import TrainConfig
 
-WHOLE = dict(model={}, optimizer={}, scheduler={}, iter_num=7, sequences_read=28, losses=[], best_val_loss=1.5,
+COMPLETE = dict(model={}, optimizer={}, scheduler={}, iter_num=7, sequences_read=28, losses=[], best_val_loss=1.5,
              config={"dataset": "text"}, data={}, chat=False, machine={})  # fmt: skip
 
 
-def test_an_unknown_key_is_no_error(tmp_path):
-    write_checkpoint(tmp_path / "ckpt.pt", WHOLE | {"note": "mine"})
-    assert read_checkpoint(tmp_path / "ckpt.pt")["note"] == "mine"
-    assert WHOLE.keys() == RUN
-
-
-def test_weights_alone(tmp_path):
+def test_unknown_keys_are_allowed_and_best_pt_has_weights_only(tmp_path):
     path = tmp_path / "best.pt"
-    write_checkpoint(path, {key: WHOLE[key] for key in WEIGHTS})
+    write_checkpoint(path, COMPLETE | {"note": "mine"})
+    assert read_checkpoint(path)["note"] == "mine" and COMPLETE.keys() == RESUME_KEYS
+    write_checkpoint(path, {key: COMPLETE[key] for key in WEIGHT_KEYS})
     assert read_checkpoint(path, resume=False)["iter_num"] == 7
     assert f"has no optimizer: begin a new run with its weights, --init_from={path}" in refusal(read_checkpoint, path)
 
 
-def make_folder(path):
-    path.mkdir()
-
-
 @pytest.mark.parametrize("spoil, words", [
-    (lambda path: path.write_bytes(b""), "cannot be used"),
-    (lambda path: path.write_bytes(b"PK"), "cannot be used"),
+    (lambda path: path.write_bytes(b""), "cannot be used"), (lambda path: path.write_bytes(b"PK"), "cannot be used"),
     (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "cannot be used"),
-    (os.mkfifo, "there is no checkpoint"),
-    (make_folder, "there is no checkpoint"),
+    (os.mkfifo, "there is no checkpoint"), (os.mkdir, "there is no checkpoint"),
     (lambda path: torch.save({"step": 3}, path), "it has no version"),
     (lambda path: torch.save([3], path), "cannot be used"),
     (lambda path: torch.save({"version": 3}, path), "it has no best_val_loss, chat, config, data"),
-    (lambda path: torch.save(WHOLE | {"version": 99}, path), "it has layout 99, and this code reads layout"),
-    (lambda path: torch.save(WHOLE | {"model": Fraction(1, 2)}, path), "plain values and could run code"),
+    (lambda path: torch.save(COMPLETE | {"version": 99}, path), "it has layout 99, and this code reads layout"),
+    (lambda path: torch.save(COMPLETE | {"model": Fraction(1, 2)}, path), "plain values and could run code"),
 ])  # fmt: skip
-def test_what_is_no_checkpoint_gets_one_line(tmp_path, spoil, words):
+def test_other_files_get_one_line(tmp_path, spoil, words):
     spoil(tmp_path / "ckpt.pt")
     message = refusal(read_checkpoint, tmp_path / "ckpt.pt")
     assert words in message and "weights_only" not in message
 
 
-# ---- A model's checkpoint, damaged
-
-
 @pytest.fixture(scope="module")
 def state():
-    """(config, checkpoint) after one update of a small model."""
+    """Return (config, checkpoint) after one update of a small model."""
     torch.manual_seed(0)
     config = TrainConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
@@ -71,40 +58,30 @@ def state():
     optimizer.step()
     states = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     states = {name: part.state_dict() for name, part in states.items()}
-    return config, WHOLE | states | dict(config=asdict(config), iter_num=1)
+    return config, COMPLETE | states | dict(config=asdict(config), iter_num=1)
 
 
 def test_a_flipped_bit_is_found(state, tmp_path):
-    """In the plain values, in any tensor, anywhere: the file is refused, or what it holds is unchanged."""
+    """In the plain values, in any tensor, anywhere: the file is refused, or its contents are unchanged."""
     path, damaged = tmp_path / "ckpt.pt", tmp_path / "damaged.pt"
     write_checkpoint(path, state[1])
     content = path.read_bytes()
     assert "damaged" not in str(find_weights(str(path)).read().keys())
     generator = random.Random(0)
-    places = [generator.randrange(8 * len(content)) for _ in range(40)]
+    bits = [generator.randrange(8 * len(content)) for _ in range(40)]
     for tensor in [*state[1]["model"].values(), state[1]["optimizer"]["state"][3]["exp_avg"]]:
         values = tensor.numpy().tobytes()
-        places.append(8 * content.index(values) + generator.randrange(8 * len(values)))
-    for place in places:
-        spoilt = bytearray(content)
-        spoilt[place // 8] ^= 1 << place % 8
-        damaged.write_bytes(spoilt)
+        bits.append(8 * content.index(values) + generator.randrange(8 * len(values)))
+    for bit in bits:
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.write_bytes(flipped)
         try:
-            assert str(read_checkpoint(damaged)) == str(state[1] | dict(version=3)), place
+            assert str(read_checkpoint(damaged)) == str(state[1] | dict(version=3)), bit
         except SystemExit as stop:
             message = str(stop.code)
             assert f"{damaged} cannot be used" in message
-    assert "the CRC differs" in message
-
-
-def test_a_zeroed_range_is_found(state, tmp_path):
-    write_checkpoint(tmp_path / "ckpt.pt", state[1])
-    spoilt = bytearray((tmp_path / "ckpt.pt").read_bytes())
-    start = spoilt.index(state[1]["model"]["model.embed_tokens.weight"].numpy().tobytes())
-    spoilt[start + 4_096 : start + 8_192] = bytes(4_096)
-    (tmp_path / "ckpt.pt").write_bytes(spoilt)
-    assert "the CRC differs" in refusal(read_checkpoint, tmp_path / "ckpt.pt")
-    assert "the CRC differs" in refusal(find_weights(str(tmp_path / "ckpt.pt")).read)
+    assert "the CRC differs" in message and "the CRC differs" in refusal(find_weights(str(damaged)).read)
 
 
 @pytest.mark.parametrize("change", [
@@ -115,7 +92,7 @@ def test_a_zeroed_range_is_found(state, tmp_path):
     lambda c: c["optimizer"].pop("param_groups"),
     lambda c: c["optimizer"]["param_groups"][0]["params"].pop(),
 ])  # fmt: skip
-def test_moments_of_another_shape_are_refused_before_use(state, change):
+def test_moments_with_wrong_shapes_are_refused_before_use(state, change):
     config, checkpoint = state
     load(checkpoint, config)
     checkpoint = copy.deepcopy(checkpoint)

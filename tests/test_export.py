@@ -1,4 +1,4 @@
-"""export.py: what transformers and llama.cpp load from an export is the model in the checkpoint."""
+"""export.py: transformers and llama.cpp load the checkpoint's model from an export."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import export
 import model as model_py
 from export import ExportConfig
 from lib.chat import TEMPLATE
-from lib.gguf import header_value
+from lib.gguf import read_header
 from lib.official import wheel_gguf
 from lib.tokenizer import encode, load_tokenizer, tokenizer_json
 from lib.weights import find_weights
@@ -35,14 +35,14 @@ CONFIG = ModelConfig(
 
 
 def write(folder, config=CONFIG, chat=False):
-    """Write a checkpoint of a model in which a wrong detail shows. Return the model."""
+    """Write a checkpoint of a model that reveals a wrong detail. Return the model."""
     torch.manual_seed(0)
     return save_checkpoint(folder, SmolLM2(config), chat=chat, learning_rate=0.125)
 
 
 @pytest.fixture
 def quiet(caplog):
-    """What transformers and Python warn of in the test is an error."""
+    """Make transformers' and Python's warnings errors."""
     transformers.logging.enable_propagation()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -66,7 +66,7 @@ def test_transformers_loads_the_same_model(tmp_path, dtype, capsys, quiet):
     assert (peer.config.bos_token_id, peer.generation_config.eos_token_id, peer.config.pad_token_id) == (0, 0, None)
     idx = torch.randint(49_152, (2, 64))
     with torch.no_grad():
-        for p in model.parameters():  # what is left of them in the file
+        for p in model.parameters():  # rounded as in the file
             p.copy_(p.to(peer.dtype))
         assert torch.allclose(model(idx), peer.float()(idx).logits, atol=1e-4)
         assert torch.equal(model(idx), load(folder)(idx))
@@ -81,26 +81,23 @@ def test_transformers_loads_the_same_model(tmp_path, dtype, capsys, quiet):
 
 
 def test_a_chat_model_keeps_its_template_and_its_ends(tmp_path, quiet):
-    """The special ids and the template of the wheel's own header, in the words of transformers."""
+    """They equal the ones in the wheel's header."""
     write(tmp_path, chat=True)
     export.main(ExportConfig(out_dir=str(tmp_path)))
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
-    header = {name: header_value(wheel_gguf(), f"tokenizer.{name}") for name in (
-        "chat_template", "ggml.bos_token_id", "ggml.eos_token_id", "ggml.padding_token_id",
-    )}  # fmt: skip
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    for where in (peer.config, peer.generation_config, tokenizer):
-        assert [getattr(where, name) for name in ids] == list(header.values())[1:] == [1, 2, 2]
-    assert tokenizer.chat_template == header["chat_template"] == TEMPLATE
+    ids = [read_header(wheel_gguf(), f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")]
+    for holder in (peer.config, peer.generation_config, tokenizer):
+        assert [holder.bos_token_id, holder.eos_token_id, holder.pad_token_id] == ids == [1, 2, 2]
+    assert tokenizer.chat_template == read_header(wheel_gguf(), "tokenizer.chat_template") == TEMPLATE
 
 
-# ---- A folder with tokens, special ids and a template of its own
+# ---- A folder with its own tokens, special ids and template
 
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
-    """(a model, its folder, its tokenizer.json): padded rows, tokens of its own."""
+    """Return (a model, its folder, its tokenizer.json), with padded rows and its own tokens."""
     path = tmp_path_factory.mktemp("stranger")
     model = write(path, replace(CONFIG, vocab_size=49_216))
     export.main(ExportConfig(out_dir=str(path)))
@@ -131,8 +128,8 @@ def test_a_folders_own_tokens_are_kept(stranger, tmp_path, quiet):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(generation_config={"eos_token_id": [2, 49_154]}), "eos_token_id = [2, 49154] is no token"),
-    (dict(generation_config={"eos_token_id": 2, "pad_token_id": [2]}), "pad_token_id = [2] is no token"),
+    (dict(generation_config={"eos_token_id": [2, 49_154]}), "eos_token_id = [2, 49154] is not a token"),
+    (dict(generation_config={"eos_token_id": 2, "pad_token_id": [2]}), "pad_token_id = [2] is not a token"),
     (dict(tokenizer={"model": {}}), "tokenizer"),
 ])  # fmt: skip
 def test_a_folder_that_contradicts_itself_gets_one_line(changes, words, stranger, tmp_path):
@@ -148,20 +145,16 @@ def test_more_tokens_than_rows_get_one_line(tmp_path):
     assert "its tokenizer has 49,152 tokens, its model 4,096" in message
 
 
-# ---- GGUF
-
-
 @pytest.fixture(scope="module")
 def exported_gguf(stranger):
-    """(the stranger's model, its tokenizer.json, its .gguf)"""
-    model, folder, tokenizer = stranger
-    path = folder.parent / "a.gguf"
-    export.main(configure(ExportConfig, [f"--init_from={folder}", "--format=gguf", f"--to={path}"]))
-    return model, tokenizer, path
+    """Return the path of the stranger's .gguf."""
+    path = stranger[1].parent / "a.gguf"
+    export.main(configure(ExportConfig, [f"--init_from={stranger[1]}", "--format=gguf", f"--to={path}"]))
+    return path
 
 
-def test_a_gguf_is_read_back(exported_gguf):
-    model, tokenizer, path = exported_gguf
+def test_a_gguf_is_read_back(stranger, exported_gguf):
+    (model, _, tokenizer), path = stranger, exported_gguf
     source, back = find_weights(str(path)), load(path)
     assert asdict(back.config) == asdict(model.config) | {"initializer_range": back.config.initializer_range}
     for ours, theirs in zip(model.state_dict().values(), back.state_dict().values(), strict=True):
@@ -171,25 +164,22 @@ def test_a_gguf_is_read_back(exported_gguf):
     assert source.chat_template == "{{ messages }}"
 
 
-def test_llama_cpp_computes_the_same(exported_gguf):
+def test_llama_cpp_computes_the_same(stranger, exported_gguf):
     llama_cpp = pytest.importorskip("llama_cpp")
-    model, _, path = exported_gguf
-    peer = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
-    assert peer.tokenize(TEXT.encode(), add_bos=True) == encode(load_tokenizer(), TEXT)
+    options = dict(n_ctx=128, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+    peer = llama_cpp.Llama(str(exported_gguf), **options)
     assert peer.metadata["tokenizer.chat_template"] == "{{ messages }}" and peer.token_eos() == 49_152
     prompt = encode(load_tokenizer(), TEXT)
+    assert peer.tokenize(TEXT.encode(), add_bos=True) == prompt
     peer.eval(prompt)
     with torch.no_grad():
-        expected = model(torch.tensor([prompt]))[0]
+        expected = stranger[0](torch.tensor([prompt]))[0]
     assert (torch.tensor(peer.scores[: len(prompt)]) - expected).norm() < 1e-4 * expected.norm()
     peer.close()
 
 
-# ---- What is refused
-
-
 @pytest.mark.parametrize("flags, words", [
-    (["--dtype=q8_0"], "--dtype=q8_0 is a type of GGUF files: add --format=gguf"),
+    (["--dtype=q8_0"], "--dtype=q8_0 is for GGUF files: add --format=gguf"),
     (["--to=a.gguf"], "a GGUF file's name ends in .gguf"),
     (["--format=gguf", "--to=a"], "a GGUF file's name ends in .gguf"),
 ])  # fmt: skip
@@ -204,7 +194,7 @@ def test_an_export_is_not_overwritten(tmp_path):
     for form, name in (("hf", "export"), ("gguf", "export.gguf")):
         (tmp_path / name).mkdir()
         message = refusal(export.main, ExportConfig(out_dir=str(tmp_path), format=form))
-        assert f"{name} is there already: move it away" in message
+        assert f"{name} exists already: move it away" in message
 
 
 @pytest.mark.parametrize("form, bytes", [("hf", 500), ("gguf", 500), ("gguf", 10**7)])  # the header, then the tensors
@@ -225,14 +215,13 @@ def test_a_full_disk(form, bytes, tmp_path):
     (["--dtype=q8_0", "--format=gguf"], 8.4e6, False), (["--dtype=q8_0", "--format=gguf"], 8.3e6, True),
 ])  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_before_anything_is_written(flags, value, fits, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "check_logits", str)  # slow, and not what this is about
+    monkeypatch.setattr(export, "check_logits", str)  # slow, and not tested here
     model = write(tmp_path, replace(CONFIG, num_hidden_layers=1))
     model.state_dict()["model.layers.0.mlp.down_proj.weight"][2, 3] = -value
     save_checkpoint(tmp_path, model)
     config = configure(ExportConfig, [f"--out_dir={tmp_path}", *flags])
     if fits:
-        export.main(config)
-        return
+        return export.main(config)
     message = refusal(export.main, config)
     dtype = flags[0].removeprefix("--dtype=")
     assert f"down_proj.weight has the value {value:.3g}, which does not fit {dtype}: use --dtype=bfloat16" in message
@@ -240,7 +229,7 @@ def test_a_value_that_does_not_fit_is_refused_before_anything_is_written(flags, 
 
 
 @pytest.mark.parametrize("form, name", [("hf", "export"), ("gguf", "export.gguf")])
-def test_the_next_export_removes_what_a_killed_one_left(form, name, tmp_path, monkeypatch):
+def test_the_next_export_cleans_up_after_a_killed_one(form, name, tmp_path, monkeypatch):
     write(tmp_path, replace(CONFIG, num_hidden_layers=1))
     config = ExportConfig(out_dir=str(tmp_path), format=form)
     parent = os.getpid()
@@ -253,16 +242,14 @@ def test_the_next_export_removes_what_a_killed_one_left(form, name, tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", name]
 
 
-class WithQKNorm(model_py.Attention):
-    def __init__(self, config):
-        super().__init__(config)
-        self.q_norm = model_py.RMSNorm(config.head_dim, config.rms_norm_eps)
+def add_norm(self, config, init=model_py.Attention.__init__):
+    init(self, config)
+    self.q_norm = model_py.RMSNorm(config.head_dim, config.rms_norm_eps)
 
 
-class WithoutNorm(model_py.Block):
-    def __init__(self, config):
-        super().__init__(config)
-        self.post_attention_layernorm = torch.nn.Identity()
+def remove_norm(self, config, init=model_py.Block.__init__):
+    init(self, config)
+    self.post_attention_layernorm = torch.nn.Identity()
 
 
 def gelu(self, x):
@@ -270,20 +257,20 @@ def gelu(self, x):
 
 
 @pytest.mark.parametrize("form, change, message", [
-    ("hf", ("Attention", WithQKNorm), "self_attn.q_norm is in only one of model.py and transformers' Llama"),
-    ("gguf", ("Block", WithoutNorm), "post_attention_layernorm is in only one of model.py and transformers' Llama"),
-    ("hf", ("MLP.forward", gelu), "transformers' Llama computes other logits (relative error"),
-    ("gguf", ("MLP.forward", gelu), "transformers' Llama computes other logits (relative error"),
+    ("hf", ("Attention.__init__", add_norm), "self_attn.q_norm is in only one of model.py and transformers' Llama"),
+    ("gguf", ("Block.__init__", remove_norm), "post_attention_layernorm is in only one of model.py and"),
+    ("hf", ("MLP.forward", gelu), "transformers' Llama computes different logits (relative error"),
+    ("gguf", ("MLP.forward", gelu), "transformers' Llama computes different logits (relative error"),
 ])  # fmt: skip
 def test_a_changed_model_is_not_called_a_llama(form, change, message, monkeypatch, tmp_path):
     monkeypatch.setattr(f"model.{change[0]}", change[1])
     write(tmp_path)
-    found = refusal(export.main, ExportConfig(out_dir=str(tmp_path), format=form))
-    assert f"error: {message}" in found and found.endswith(": model.py is no longer a Llama")
+    error = refusal(export.main, ExportConfig(out_dir=str(tmp_path), format=form))
+    assert f"error: {message}" in error and error.endswith(": model.py is no longer a Llama")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_without_transformers_it_names_what_was_not_compared(tmp_path, capsys, monkeypatch):
+def test_without_transformers_it_reports_a_missing_comparison(tmp_path, capsys, monkeypatch):
     write(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     export.main(ExportConfig(out_dir=str(tmp_path)))

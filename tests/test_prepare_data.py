@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import say, tokenizer_built_once, write
+from networks import load_tokenizer_once, say, write
 from tokenizers import Tokenizer
 
 import lib.official
@@ -26,7 +26,7 @@ import lib.text
 import prepare_data
 from lib.chat import chat_ids
 from lib.dataset import open_data
-from lib.files import owned_folder, sha256_of
+from lib.files import lock_folder, sha256_of
 from lib.text import Document
 from lib.tokenizer import encode, token_sizes, tokenizer_json
 from prepare_data import PrepareConfig, cut_text, main
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 def place(tmp_path, monkeypatch, encoding):
     """Run in a temporary folder. The tokenizer is built once for all tests."""
     monkeypatch.chdir(tmp_path)
-    tokenizer_built_once(monkeypatch, prepare_data, encoding)
+    load_tokenizer_once(monkeypatch, prepare_data, encoding)
     return tmp_path
 
 
@@ -191,7 +191,7 @@ def test_every_kind_of_source_gives_the_same_bins(place, oracle, write_texts, mo
 
 def test_a_hub_dataset(place, oracle, monkeypatch):
     calls = []
-    monkeypatch.setattr(lib.official, "hub_problem", lambda: None)
+    monkeypatch.setattr(lib.official, "probe_hub", lambda: None)
     rows = [{"text": text} for text in STORIES]
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or rows)
     prepare("--dataset=some.one/stories-1", "--subset=short", "--split=all", "--max_documents=40")
@@ -325,7 +325,7 @@ def test_sigkill_leaves_a_complete_dataset_or_none(place, monkeypatch, nth):
 
 
 def test_a_second_run_into_the_same_name_is_refused(place, capsys):
-    with owned_folder("data/in", "name"):
+    with lock_folder("data/in", "name"):
         code, line = failure(capsys, f"--dataset={write_jsonl(STORIES)}")
     assert code == 1 and re.fullmatch(r"error: data.in is in use by another process: .* --name or --data_dir", line)
 

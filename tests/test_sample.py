@@ -16,7 +16,7 @@ from networks import llama, save, save_checkpoint, tiny
 
 import sample
 from lib.chat import SYSTEM
-from lib.gguf import header_value
+from lib.gguf import read_header
 from lib.official import wheel_gguf
 from lib.oracle import build_oracle
 from lib.tokenizer import load_tokenizer
@@ -70,7 +70,7 @@ def talk(capfd, monkeypatch, lines, *flags):
 
 def test_a_conversation(capfd, monkeypatch, real_model, hf_tokenizer):
     """Each answer is that of transformers to the full conversation so far, in the release's template."""
-    template = jinja2.Template(header_value(wheel_gguf(), "tokenizer.chat_template"))
+    template = jinja2.Template(read_header(wheel_gguf(), "tokenizer.chat_template"))
     oracle = build_oracle(real_model.config, real_model.state_dict())
     expected, messages = [], []
     lines = ["What is the capital of France?", "And of Italy?", "/system Answer in French.", "And of Spain?", "/foo"]
@@ -126,7 +126,7 @@ def test_weights_without_this_chat_template_get_a_note(template, note, capfd, tm
 @pytest.mark.parametrize("sentence", ["You are a helpful assistant.", "Antworte knapp (auf Deutsch)!"])
 def test_a_template_with_a_different_system_message(newline, sentence, capfd, monkeypatch, tmp_path, hf_tokenizer):
     """Some copies of the release have one: the prompt is as jinja2 renders their template, and there is no note."""
-    template = header_value(wheel_gguf(), "tokenizer.chat_template").replace("\n", newline).replace(SYSTEM, sentence)
+    template = read_header(wheel_gguf(), "tokenizer.chat_template").replace("\n", newline).replace(SYSTEM, sentence)
     prompts = []
 
     def generate(self, idx, **_):
@@ -275,7 +275,7 @@ def test_a_closed_stdout_is_no_error(to, out_dir):
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), SystemExit, r"error: out of memory \(CUDA .*bfloat16"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), SystemExit, r"error: out of memory \(.*bfloat16"),
     (MemoryError(), SystemExit, r"error: out of memory \(MemoryError\).*--dtype=bfloat16"),
-    (OSError(5, "Input/output error", "a.json.12.tmp"), SystemExit, "error: a.json: Input/output error: use another"),
+    (OSError(5, "Input/output error", "a.json.12.tmp"), SystemExit, "error: a.json: Input/output error: use a diff"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError, "illegal memory access"),
 ])  # fmt: skip
 def test_out_of_memory_and_other_errors(out_dir, error, kind, message, monkeypatch):

@@ -225,7 +225,7 @@ def test_hub_datasets_are_streamed_by_the_datasets_library(place, monkeypatch):
         return load(str(place / "repository"), *args, **kwargs)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(lib.official, "hub_problem", lambda: None)
+    monkeypatch.setattr(lib.official, "probe_hub", lambda: None)
     write("repository/train.jsonl", "\n".join(map(json.dumps, STORY_ROWS)))
     assert read()[0] == STORIES
     assert calls == [("some/stories", (None,), {"split": "train", "streaming": True})]
@@ -237,7 +237,7 @@ def test_hub_datasets_are_streamed_by_the_datasets_library(place, monkeypatch):
     for library, paths in (("datasets", []), ("pyarrow.parquet", ["in.parquet"])):
         monkeypatch.setitem(sys.modules, library, None)
         assert f"pip install {library.split('.')[0]}" in refusal(read, *paths)
-    monkeypatch.setattr(lib.official, "hub_problem", lambda: "no answer in 3 s")
+    monkeypatch.setattr(lib.official, "probe_hub", lambda: "no answer in 3 s")
     assert "some/stories: no such path, and the Hub cannot be reached (no answer in 3 s)" in refusal(read)
 
 

@@ -592,7 +592,7 @@ def test_weights_bring_their_networks_settings_and_flags_hold(place, capfd):
     assert (config["rope_theta"], config["rms_norm_eps"], config["max_position_embeddings"]) == (5e5, 0.01, 99)
     assert rows("c")[1] != rows("b")[1]  # another network
     message = start("--out_dir=d", "--num_hidden_layers=12")
-    assert "num_hidden_layers is set to 12, but the network in a/ckpt.pt has 2" in message
+    assert "num_hidden_layers is set to 12, but the model in a/ckpt.pt has 2" in message
     assert not Path("d").exists()
 
 
@@ -715,7 +715,7 @@ ERRORS = {
         ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"ckpt.pt cannot be used"),
     "another shape": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--hidden_size=64"], None,
-        r"hidden_size is set to 64, but the network in a/ckpt.pt has 32"),
+        r"hidden_size is set to 64, but the model in a/ckpt.pt has 32"),
     "another text": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--dataset=other"], None,
         r"data/other differs from what a/ckpt.pt was trained on: .*--init_from=a/ckpt.pt --block_size=16 and a new"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import llama, permuted, save, save_checkpoint, tiny, write_gguf
+from networks import llama, permute, save, save_checkpoint, tiny, write_gguf
 from safetensors.torch import save_file
 
 import model as model_py
@@ -227,7 +227,7 @@ FAULTS = {  # name: (tensors -> those that change, with None for one that is rem
     "k transposed": (lambda t: {K: t[K].T}, f"{K} is [576, 192], not [192, 576]"),
     "one last bit": (lambda t: {Q: one_value(t[Q], t[Q][100, 200].item() * 2**-7)}, ONE),
     "not a number": (lambda t: {Q: one_value(t[Q], float("nan"))}, ONE),
-    "llama.cpp's order": (lambda t: {Q: permuted(t[Q], 9), K: permuted(t[K], 3)}, f"{K}: "),
+    "llama.cpp's order": (lambda t: {Q: permute(t[Q], 9), K: permute(t[K], 3)}, f"{K}: "),
     "wrong dtype": (lambda t: {UP: t[UP].half()}, f"{UP} is F16"),
     "integers": (lambda t: {UP: t[UP].to(torch.int32)}, f"{UP} is torch.int32"),
     "untied head": (lambda t: {"lm_head.weight": one_value(t[EMBED], 0.5)}, "lm_head.weight differs"),

@@ -1,4 +1,4 @@
-"""weights.py: networks as transformers and peft save them, whatever their form, and what bad files get."""
+"""lib/weights.py: models saved by transformers and peft load in every format; bad files get a one-line error."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from networks import llama, load, refusal, same_logits, save, save_checkpoint, write_gguf
+from networks import assert_same_logits, llama, load, refusal, save, save_checkpoint, write_gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from spoil import spoil
@@ -24,10 +24,7 @@ from lib.tokenizer import tokenizer_json
 from lib.weights import config_from_json, config_to_json, find_weights, load_network
 from model import PRESETS
 
-# ---------------------------------------------------------------------------------------------
-# config.json
-
-
+INDEX = "pytorch_model.bin.index.json"
 ABSENT = ["num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "max_position_embeddings"]
 
 
@@ -36,6 +33,7 @@ ABSENT = ["num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", 
     {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}},
     {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}},
     {"rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": 9.0}},
+    {"rms_norm_eps": 1e-3}, {"num_key_value_heads": 4, "head_dim": 16},
 ])  # fmt: skip
 def test_a_config_is_read_as_transformers_reads_it(changes):
     config = {name: value for name, value in (llama().config.to_dict() | changes).items() if value is not None}
@@ -52,36 +50,27 @@ def test_a_config_json_is_read_as_it_was_written(preset):
     assert LlamaConfig(**written).head_dim == PRESETS[preset].head_dim
 
 
-# ---------------------------------------------------------------------------------------------
-# What transformers saves, and what becomes of it
+# ---- Folders saved by transformers, and other formats
 
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    """(a network of transformers, the folder in which it saved itself): do not change them."""
+    """Return (transformers' model, the folder in which it was saved): do not change them."""
     network = llama(seed=4)
     return network, save(tmp_path_factory.mktemp("peer"), network)
 
 
 @pytest.fixture
 def folder(peer, tmp_path):
-    """A copy of the folder, to change."""
+    """Return a copy of the folder, to change."""
     return Path(shutil.copytree(peer[1], tmp_path / "net"))
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4, "head_dim": 16}, {"rms_norm_eps": 1e-3}])
-def test_folders_saved_by_transformers(changes, tmp_path):
-    network = llama(seed=1, **changes)
-    source = find_weights(str(save(tmp_path, network)))
-    assert (source.source, source.revision, source.path) == ("folder", "none", tmp_path)
-    same_logits(source, network)
 
 
 def test_weights_keep_their_dtype_and_may_repeat_the_head(tmp_path):
     network = llama().bfloat16()
     source = find_weights(str(save(tmp_path, network)))
-    tensors = source.read()
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert (source.source, source.revision, source.path) == ("folder", "none", tmp_path)
+    assert {tensor.dtype for tensor in source.read().values()} == {torch.bfloat16}
     change(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(tmp_path)
     model = load(tmp_path)
     assert model.model.norm.weight.dtype == torch.float32
@@ -98,7 +87,7 @@ def test_settings_that_fit_any_tensors_may_change_and_others_are_refused(peer):
 
 
 def change(edit):
-    """A change of the tensors in model.safetensors."""
+    """Return a function that changes the tensors in model.safetensors."""
 
     def apply(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -109,8 +98,8 @@ def change(edit):
     return apply
 
 
-def moved(name, prefix="", more=()):
-    """The tensors in a file of another name or format, in place of model.safetensors."""
+def move(name, prefix="", more=()):
+    """Return a function that moves the tensors from model.safetensors to a file with that name and format."""
 
     def apply(folder):
         tensors = {prefix + key: tensor for key, tensor in load_file(folder / "model.safetensors").items()} | dict(more)
@@ -121,26 +110,26 @@ def moved(name, prefix="", more=()):
     return apply
 
 
-def in_shards(folder):
+def write_shards(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     shard = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
     for file in set(shard.values()):
         torch.save({name: tensors[name] for name in tensors if shard[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard}))
     return folder
 
 
-def by_save_model(folder):
-    """safetensors keeps one of two tied tensors, and names the other in its header."""
+def use_save_model(folder):
+    """Let safetensors store one of two tied tensors, and name the other in its header."""
     save_model(llama(seed=4), str(folder / "model.safetensors"))
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"model.embed_tokens.weight": "lm_head.weight"}
     return folder
 
 
-def in_wrappers(folder):
-    """With the prefixes of a compiled layer, of FSDP and of checkpointing, and with RoPE's frequencies."""
+def add_wrappers(folder):
+    """Add the prefixes of a compiled layer, FSDP and checkpointing, and RoPE's frequencies."""
     network = llama(seed=4)
     network.model.layers[1] = torch.compile(network.model.layers[1])
     tensors = network.state_dict()
@@ -160,7 +149,7 @@ def gguf(name):
 
 
 def put(place, *more):
-    """The model in a folder of that name inside its folder, beside other folders."""
+    """Return a function that puts the model in a subfolder with that name, next to other folders."""
 
     def apply(folder):
         for name in (place, *more):
@@ -179,8 +168,8 @@ def checkpoint(name):
     return apply
 
 
-def alone(make):
-    """A folder with nothing but the file that `make` makes."""
+def only(make):
+    """Return a function that puts only the file made by `make` into a folder."""
 
     def apply(folder):
         file = make(folder)
@@ -190,34 +179,30 @@ def alone(make):
     return apply
 
 
-READ = {  # form: (a function that makes it of a folder and returns the path to name, words of `about`)
-    "pytorch_model.bin": (lambda f: moved("pytorch_model.bin")(f).parent, "pytorch_model.bin sha256"),
-    "safetensors' save_model's": (by_save_model, "model.safetensors sha256"),
-    "wrapped": (in_wrappers, "pytorch_model.bin sha256"),
-    "shards of it": (in_shards, "pytorch_model-00002-of-00002.bin sha256"),
-    "a .bin, named": (moved("any.bin", "module._orig_mod."), "from file"),
-    "a .safetensors, named": (moved("mine.safetensors"), "mine.safetensors sha256"),
+FORMATS = {  # format: (a function that makes it from a folder and returns the path to pass, words in `about`)
+    "pytorch_model.bin": (lambda f: move("pytorch_model.bin")(f).parent, "pytorch_model.bin: sha256"),
+    "safetensors' save_model": (use_save_model, "model.safetensors: sha256"),
+    "wrapped": (add_wrappers, "pytorch_model.bin: sha256"),
+    "shards": (write_shards, "pytorch_model-00002-of-00002.bin: sha256"),
+    "a .bin, named": (move("any.bin", "module._orig_mod."), "from file"),
+    "a .safetensors, named": (move("mine.safetensors"), "mine.safetensors: sha256"),
     "Ollama's": (gguf("sha256-" + 64 * "0"), "from file"),
     "a checkpoint": (checkpoint("best.ckpt"), "iteration 7, trained on text"),
-    "a run": (alone(checkpoint("ckpt.pt")), "outer/ckpt.pt, iteration 7, trained on text"),
-    "a GGUF alone": (alone(gguf("b.GGUF")), "outer/b.GGUF, from file"),
+    "a run": (only(checkpoint("ckpt.pt")), "outer/ckpt.pt, iteration 7, trained on text"),
+    "a folder with a GGUF": (only(gguf("b.GGUF")), "outer/b.GGUF, from file"),
     "a Trainer's": (put("checkpoint-1000", "checkpoint-500", "checkpoint-x"), "= OUT/checkpoint-1000, from folder"),
     "the Hub's cache": (put("snapshots/c0ffee", "refs"), "= OUT/snapshots/c0ffee, from folder"),
 }
 
 
-@pytest.mark.parametrize("make, words", READ.values(), ids=READ)
-def test_it_is_read_whatever_its_form(make, words, peer, folder):
+@pytest.mark.parametrize("make, words", FORMATS.values(), ids=FORMATS)
+def test_every_format_is_read(make, words, peer, folder):
     source = find_weights(str(make(folder)))
     assert words.replace("OUT", str(folder.parent / "outer")) in source.about, source.about
-    same_logits(source, peer[0])
+    assert_same_logits(source, peer[0])
     assert source.is_gguf == ("sha256-0" in source.about or "b.GGUF" in source.about)
-
-
-def test_a_checkpoint_tells_whether_it_was_taught_conversations(folder):
-    source = find_weights(str(checkpoint("a.pt")(folder)))
-    assert source.source == "checkpoint" and source.special_ids["eos_token_id"] == 2 and source.chat_template
-    assert source.tokenizer == {}
+    if source.source == "checkpoint":  # of a chat model
+        assert source.special_ids["eos_token_id"] == 2 and source.chat_template and source.tokenizer == {}
 
 
 def test_special_ids_template_and_tokenizer_come_from_the_folder(folder):
@@ -230,12 +215,8 @@ def test_special_ids_template_and_tokenizer_come_from_the_folder(folder):
         assert tokenizer_json(**source.tokenizer) == (b"{}", str(folder / "tokenizer.json"))
 
 
-# ---------------------------------------------------------------------------------------------
-# LoRA adapters
-
-
 def adapter(folder, to, **settings):
-    """An adapter of the network in `folder`, as peft saves it to `to`; returns peft's model."""
+    """Let peft save an adapter of the model in `folder` to `to`. Return peft's model."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = dict(r=4, lora_alpha=10, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, peft.LoraConfig(**config | settings))
@@ -284,7 +265,7 @@ def test_the_base_may_be_given_and_the_adapters_own_tokenizer_comes_first(peer, 
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"peft_type": "IA3"}, "peft_type = 'IA3'"), ({"base_model_name_or_path": None}, "give them with --base="),
+    ({"peft_type": "IA3"}, "peft_type = 'IA3'"), ({"base_model_name_or_path": None}, "pass them with --base="),
     ({"base_model_name_or_path": "nobody/none", "revision": "v1"}, "nobody/none@v1 was not found"),
     ({"lora_alpha": None}, "adapter_model.safetensors cannot be used"),
     ({"use_dora": True}, "use_dora = True"), ({"bias": "all"}, "bias = 'all'"),
@@ -292,97 +273,84 @@ def test_the_base_may_be_given_and_the_adapters_own_tokenizer_comes_first(peer, 
 ])  # fmt: skip
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(changes, words, folder, tmp_path):
     adapter(folder, lora := tmp_path / "lora")
-    edited(lora, "adapter_config.json", **changes)
+    edit("adapter_config.json", **changes)(lora)
     assert words in refusal(load, lora)
 
 
-def test_an_adapter_needs_its_own_base_and_a_folder_of_its_own(folder, tmp_path):
+def test_an_adapter_needs_its_own_base_and_its_own_folder(folder, tmp_path):
     adapter(folder, lora := tmp_path / "lora")
     other = save(tmp_path / "other", llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=1))
     message = refusal(lambda: load_network(find_weights(str(lora), base=str(other))))
-    assert "has other shapes than the network" in message
+    assert "does not have the model's shapes" in message
     adapter(folder, tmp_path / "embedding", target_modules=["embed_tokens"])
     assert "embed_tokens" in refusal(load, tmp_path / "embedding")
     shutil.copytree(folder, lora, dirs_exist_ok=True)
-    assert "holds an adapter and a whole network: name one" in refusal(load, lora)
+    assert "holds both an adapter and a full model: choose one" in refusal(load, lora)
     for name in ("config.json", "adapter_model.safetensors"):
         (lora / name).unlink()
     assert "adapter_model.safetensors cannot be used" in refusal(load, lora)
 
 
-# ---------------------------------------------------------------------------------------------
-# What bad files get
+# ---- Bad files
 
 
-def edited(folder, name="config.json", **changes):
-    """A JSON file with other values; None takes a key out."""
-    config = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+def edit(name="config.json", **changes):
+    """Return a function that changes values in a JSON file; None removes a key."""
 
+    def apply(folder):
+        config = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
-def edit(**changes):
-    return lambda folder: edited(folder, **changes)
+    return apply
 
 
 def write(name, content):
     return lambda folder: (folder / name).write_bytes(content) and folder / name
 
 
-def cut(name, n):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:n]) and None
-
-
-def index(weight_map):
-    return lambda folder: edited(in_shards(folder), "pytorch_model.bin.index.json", weight_map=weight_map)
-
-
 LAYER = "model.layers.1.self_attn.q_proj.weight"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:80521b40\nsize 269060552\n"
-SPOILT = {  # how: (what spoils the folder, words of the one line). It may return what is named in the folder's place
+DAMAGE = {  # damage: (a function that damages the folder and may return a path to pass instead, words in the error)
     "no config": (lambda f: (f / "config.json").unlink(), "holds no weights"),
-    "cut in its tensors": (cut("model.safetensors", 90_000), "model.safetensors cannot be used"),
+    "cut in its tensors": (lambda f: os.truncate(f / "model.safetensors", 90_000), "model.safetensors cannot be used"),
     "deep config": (lambda f: write("config.json", b"[" * 100_000)(f).parent, "config.json"),
     "mlp bias": (edit(mlp_bias=True), "mlp_bias = True"),
     "gelu": (edit(hidden_act="gelu\nb"), "hidden_act = 'gelu\\nb'"),
     "untied": (edit(tie_word_embeddings=False), "tie_word_embeddings = False"),
-    "other network": (edit(model_type="qwen2"), "model_type = 'qwen2'"),
+    "a different model": (edit(model_type="qwen2"), "model_type = 'qwen2'"),
     "scaled, transformers 5": (edit(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "'llama3'"),
     "scaling in words": (edit(rope_scaling="linear"), "config.json cannot be used"),
     "no hidden size": (edit(hidden_size=None), "config.json cannot be used (it has no hidden_size)"),
     "tables of gigabytes": (edit(max_position_embeddings=2**24), "max_position_embeddings is 16777216"),
-    "GPTQ": (edit(quantization_config={"quant_method": "gptq"}), "take it as it was before, or a GGUF of it"),
+    "GPTQ": (edit(quantization_config={"quant_method": "gptq"}), "before quantization, or a GGUF of it"),
     "a missing tensor": (change(lambda t: t.pop(LAYER)), f"{LAYER} is absent, not (128, 64)"),
-    "a head of its own": (change(lambda t: t.update({"lm_head.weight": torch.zeros(96, 64)})), "lm_head.weight of"),
+    "an untied head": (change(lambda t: t.update({"lm_head.weight": torch.zeros(96, 64)})), "separate lm_head"),
     "whole numbers": (change(lambda t: t.update({LAYER: t[LAYER].to(torch.int8)})), f"{LAYER} holds NaN"),
     "one infinite weight": (change(lambda t: t[LAYER][3, 5:6].fill_(torch.inf)), f"{LAYER} holds NaN"),
     "LFS pointer": (lambda f: write("model.safetensors", POINTER)(f).parent, "Git LFS pointer, not the file"),
     "text": (write("a.txt", b"Once upon a time"), "a.txt cannot be used"),
-    "weights alone": (
-        lambda f: [f / "model.safetensors", (f / "config.json").unlink()][0], "need a config.json beside them"
-    ),
-    "a shard is missing": (lambda f: [in_shards(f), next(f.glob("*1-of-*.bin")).unlink()][0], "cannot be used (No"),
-    "an index that leads elsewhere": (index({"a": "../x.bin"}), "not beside it"),
-    "two snapshots": (put("snapshots/a", "snapshots/b"), "holds 2 models: name one"),
-    "an optimizer for weights": (
-        lambda f: moved("pytorch_model.bin", more={"state": {}})(f).parent, "it holds more than the tensors"
-    ),
+    "no config.json": (lambda f: Path(shutil.move(f / "model.safetensors", f.parent)), "config.json next to them"),
+    "a shard is missing": (lambda f: [write_shards(f), next(f.glob("*1-of-*.bin")).unlink()][0], "cannot be used (No"),
+    "an index to other folders": (lambda f: edit(INDEX, weight_map={"a": "../x"})(write_shards(f)), "not next to it"),
+    "two snapshots": (put("snapshots/a", "snapshots/b"), "holds 2 models: choose one"),
+    "an optimizer state": (lambda f: move("pytorch_model.bin", more={"state": {}})(f).parent, "holds more than the"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("spoil_it, words", SPOILT.values(), ids=SPOILT)
-def test_a_spoilt_network_gets_one_line(spoil_it, words, folder):
-    result = spoil_it(folder)
+@pytest.mark.parametrize("damage, words", DAMAGE.values(), ids=DAMAGE)
+def test_damage_gets_one_line(damage, words, folder):
+    result = damage(folder)
     message = refusal(lambda: load(result if isinstance(result, Path) else folder))
     assert words in message, message
 
 
 @pytest.mark.parametrize("kind", ["config.json", "model.safetensors", "a.gguf"])
-def test_a_file_spoilt_at_random_is_read_or_refused(kind, folder):
+def test_a_file_damaged_at_random_is_read_or_refused(kind, folder):
     rng, outcomes = random.Random(kind), Counter()
     gguf("a.gguf")(folder)
     sound = (folder / kind).read_bytes()
     for i in range(60):
-        target = folder / (f"{i}.gguf" if kind == "a.gguf" else kind)  # the reader of a GGUF is kept by its name
+        target = folder / (f"{i}.gguf" if kind == "a.gguf" else kind)  # open_gguf caches by name
         target.write_bytes(spoil(sound, rng))
         try:
             load(target if kind == "a.gguf" else folder)
@@ -390,7 +358,7 @@ def test_a_file_spoilt_at_random_is_read_or_refused(kind, folder):
         except SystemExit as stop:
             assert stop.code.startswith("error: ") and len(stop.code.splitlines()) == 1, stop.code
             outcomes["refused"] += 1
-    assert outcomes["refused"] and (outcomes["read"] or kind == "a.gguf"), outcomes  # else the loop tests nothing
+    assert outcomes["refused"] and (outcomes["read"] or kind == "a.gguf"), outcomes  # otherwise the loop tests nothing
 
 
 class Bomb:
