@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.errors import one_line_errors, usable
-from lib.files import written_whole
+from lib.files import write_atomically
 from lib.official import SHA256, wheel_gguf
 from lib.oracle import ACTIVATIONS, build_variant
 from lib.pictures import BLUE, GREY, ORANGE, PURPLE, new_picture, save_picture
@@ -368,7 +368,7 @@ def prove(findings, sources, path):
     fields["rope_interleaved"] = fields["rope_interleaved"] == "interleaved"
     content = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(content)
     print("\n3. Proof: the base release's config.json, written from\n")
     for origin in ("evidence only", "evidence and source", "training YAML", "transformers"):

@@ -29,12 +29,12 @@ from tqdm import tqdm
 from lib.batches import ratio
 from lib.dataset import open_data
 from lib.errors import check, one_line_errors
-from lib.files import written_whole
+from lib.files import write_atomically
 from lib.machine import autocast, pick_device, pick_matmul
 from lib.tasks import TASKS, read_hub_task, read_items, read_task_file
 from lib.text import ROWS, read_text, suffix_of
 from lib.tokenizer import END_OF_TEXT, encode, encode_array, load_tokenizer, token_sizes
-from lib.weights import find_weights, load_network
+from lib.weights import find_weights, load_model
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def main(config):
     check(largest < vocab_size, f"{problem}: use different weights")
 
     # The losses
-    losses = [score(load_network(source).to(device), rows, config.batch_size, device, dtype) for source in sources]
+    losses = [score(load_model(source).to(device), rows, config.batch_size, device, dtype) for source in sources]
     for source, nll in zip(sources, losses, strict=True):
         finite = all(np.isfinite(row).all() for row in nll)
         check(finite, f"{source.path} gives a loss of NaN or infinity: its training diverged, use different weights")
@@ -280,7 +280,7 @@ def main(config):
         columns["A - B"].pop("perplexity", None)
     print(f"{format_table(columns)}\n± standard error over {units}, {dtype} on {device}")
     if config.json:
-        with written_whole(config.json, "w") as file:
+        with write_atomically(config.json, "w") as file:
             results = {c: {name: [v, e if e == e else None] for name, (v, e) in r.items()} for c, r in columns.items()}
             json.dump(dict(settings=asdict(config), over=units, results=results), file, indent=2)
 

@@ -32,7 +32,7 @@ from lib.files import lock_folder, put_in_place
 from lib.gguf import RELEASE_NAMES, write_gguf
 from lib.oracle import build_oracle
 from lib.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_json
-from lib.weights import config_to_json, find_weights, load_network
+from lib.weights import config_to_json, find_weights, load_model
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_logits(path):
     except ImportError:
         return "not compared with transformers, which is not installed: pip install transformers"
     transformers.logging.disable_progress_bar()
-    model = load_network(find_weights(str(path)))
+    model = load_model(find_weights(str(path)))
     if path.is_dir():
         oracle = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     else:  # transformers needs accelerate to read a GGUF, so it gets the weights that we read from the file
@@ -134,7 +134,7 @@ def main(config):
     content, _ = tokenizer_json(**source.tokenizer)
     tokenizer = json.loads(content)
     names = name_tokens(source, tokenizer)
-    model = load_network(source)
+    model = load_model(source)
     parts = {re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix(".weight") for name in model.state_dict()}
     for part in parts ^ (set(RELEASE_NAMES.values()) - {"lm_head"}):
         sys.exit(f"error: {part} is in only one of model.py and transformers' Llama: model.py is no longer a Llama")

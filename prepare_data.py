@@ -44,7 +44,7 @@ from tqdm import tqdm
 from lib.conversations import encode_conversation, keep_learnable, pack_rows, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import check, one_line_errors, usable
-from lib.files import lock_folder, put_in_place, sha256_of, written_whole
+from lib.files import lock_folder, put_in_place, sha256_of, write_atomically
 from lib.python_chat import read_python_chat
 from lib.text import ROWS, TEXT_SUFFIXES, count_odd_text, find_files, hash_messages, read_documents, strip_gz, suffix_of
 from lib.tokenizer import END_OF_TEXT, TOKENIZER_SHA256, VOCAB_SIZE, encode_array, load_tokenizer, tokenizer_json
@@ -129,7 +129,7 @@ def download_shakespeare(path):
             content = response.read()
         if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
             raise ValueError(f"its sha256 is not {SHAKESPEARE_SHA256}")
-    with written_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(content)
 
 

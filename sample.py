@@ -23,7 +23,7 @@ from lib.chat import SYSTEM, TEMPLATE, chat_ids
 from lib.errors import check, one_line_errors, usable
 from lib.machine import pick_device, pick_matmul, try_compiling
 from lib.tokenizer import END_OF_TEXT, encode, list_known_ids, load_tokenizer
-from lib.weights import find_weights, load_network
+from lib.weights import find_weights, load_model
 
 HELP = "/reset starts over, /system TEXT changes the system message, /exit or Ctrl-D quits, Ctrl-C stops a reply"
 
@@ -151,7 +151,7 @@ def main(config):
     system = config.system or (template[1] if template else SYSTEM)
 
     # The model. Decoding spends its time reading the weights, so they are converted to bf16, not only the matmuls.
-    model = load_network(source).to(device)
+    model = load_model(source).to(device)
     for p in model.parameters():
         p.data = p.data.to(getattr(torch, dtype))
     if config.compile:

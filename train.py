@@ -43,7 +43,7 @@ from lib.processes import (
     wrap,
 )
 from lib.tokenizer import load_tokenizer
-from lib.weights import check_resume, find_weights, load_network
+from lib.weights import check_resume, find_weights, load_model
 from model import ModelConfig, SmolLM2
 
 
@@ -127,7 +127,7 @@ def saved_settings(config):
 def build_model(config, device, source=None):
     """Build the model on the device, with random weights or those of a Source (lib/weights.py)."""
     torch.manual_seed(config.seed)
-    model = load_network(source, config) if source else SmolLM2(config)
+    model = load_model(source, config) if source else SmolLM2(config)
     model.activation_checkpointing = config.activation_checkpointing
     return shard(model, config.dtype, device) if config.shard else model.to(device)
 

@@ -28,7 +28,7 @@ from lib.gguf import read_gguf_types
 from lib.official import SHA256
 from lib.oracle import build_oracle, build_variant
 from lib.tokenizer import VOCAB_SIZE, encode, load_tokenizer
-from lib.weights import build, expected_shapes, find_weights, load_network, unwrap
+from lib.weights import build, expected_shapes, find_weights, load_model, unwrap
 from model import KVCache
 
 
@@ -331,7 +331,7 @@ def check_training_state(checklist, path):
 
 
 def verify_model(checklist, source, is_135m, tokens):
-    model = load_network(source)  # strict: exits if the weights do not fit
+    model = load_model(source)  # strict: exits if the weights do not fit
     tensors = source.read()
     checklist.heading("The files")
     check_files(checklist, source, tensors, model)
@@ -373,7 +373,7 @@ def verify_copy(checklist, source, reference, is_135m, tokens):
     if source.is_gguf and (unknown := sorted(set(types.values()) - TOLERANCES.keys())):
         checklist.row("values, hidden states, logits, NLL", None, f"the rounding of {', '.join(unknown)} is unknown")
         return
-    state = load_network(reference).state_dict()  # in fp32
+    state = load_model(reference).state_dict()  # in fp32
     rounding = check_values(checklist, state, tensors, types)
 
     idx, text = choose_text(reference.config, tokens)

@@ -27,7 +27,7 @@ import zipfile
 import torch
 
 from lib.errors import check, first_line, suggest_fix, usable
-from lib.files import written_whole
+from lib.files import write_atomically
 
 VERSION = 3  # 1 had its own checksums, 2 no sequences_read
 HINT = "use an earlier copy, or train again"
@@ -75,7 +75,7 @@ def check_crc(path):
 def write_checkpoint(path, checkpoint):
     """Write the dict to `path` atomically. Exit if that fails."""
     try:
-        with written_whole(path) as file:
+        with write_atomically(path) as file:
             torch.save(checkpoint | dict(version=VERSION), file)
     except (OSError, RuntimeError) as error:
         # torch turns a failed write into a RuntimeError, with the cause in its context

@@ -1,7 +1,7 @@
 """
 Write files atomically, lock folders, read JSON objects, compute checksums.
 
-    with written_whole("out/loss.png") as file: file.write(content)
+    with write_atomically("out/loss.png") as file: file.write(content)
     with lock_folder("out", "out_dir"): ...         # with a single writer
     meta = read_json("data/python/meta.json", "prepare it again")
     digest = sha256_of("data/python/train.bin")
@@ -24,7 +24,7 @@ from lib.errors import usable
 
 
 @contextlib.contextmanager
-def written_whole(path, mode="wb", **options):
+def write_atomically(path, mode="wb", **options):
     """Open a file for writing that becomes `path` when the block ends. If the block fails, `path` stays untouched."""
     path = os.path.realpath(path)  # replace the target of a symbolic link, not the link
     unfinished = Path(f"{path}.{os.getpid()}.tmp")

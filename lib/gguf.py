@@ -80,10 +80,10 @@ def read_gguf_tensors(path):
         block, part = match.groups() if match else (None, None)
         with usable(path, f"the gguf package does not read {tensor.tensor_type.name}"):
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        if part in heads and len(values) % (2 * heads[part]) == 0:  # otherwise load_network refuses the shape
+        if part in heads and len(values) % (2 * heads[part]) == 0:  # otherwise load_model refuses the shape
             values = deinterleave(values, len(values) // heads[part])
         prefix = f"model.layers.{block}." if block else ""
-        known = part in RELEASE_NAMES  # load_network refuses unknown names, such as a bias
+        known = part in RELEASE_NAMES  # load_model refuses unknown names, such as a bias
         tensors[f"{prefix}{RELEASE_NAMES[part]}.weight" if known else tensor.name] = values
     return tensors
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from lib.errors import first_line, silence_stdout
-from lib.files import written_whole
+from lib.files import write_atomically
 from lib.machine import mfu, peak_memory
 from lib.pictures import BLUE, GREY, ORANGE, new_picture, save_picture
 from lib.processes import get_rank
@@ -143,7 +143,7 @@ class RunLog:
         last = max((int(row["iter"]) for row in kept if row.get("loss")), default=0)
         if last < due:
             say(f"note: {self.path} has no rows from iteration {last + 1} to {due}: the curve has a gap there")
-        with written_whole(self.path, "w", newline="") as file:
+        with write_atomically(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(kept)

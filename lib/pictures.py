@@ -8,7 +8,7 @@ Draw pictures that are legible on a light page and on a dark one: no background,
 
 from pathlib import Path
 
-from lib.files import written_whole
+from lib.files import write_atomically
 
 GREY = "#808080"  # equally far from white and from black
 BLUE, ORANGE, PURPLE = "#3b82f6", "#f97316", "#a855f7"
@@ -33,7 +33,7 @@ def save_picture(figure, path):
 
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with write_atomically(path) as file:
             figure.savefig(file, dpi=120, format="png", transparent=True)
     finally:
         plt.close(figure)

@@ -3,7 +3,7 @@ Load weights from anywhere: find them by a name or a path, then build the model.
 
     source = find_weights("base")      # a release, org/name on the Hub, a folder, a GGUF, a checkpoint, a LoRA adapter
     print(source.about)                # its name, origin and hashes
-    model = load_network(source)       # model.SmolLM2, on the CPU, in fp32
+    model = load_model(source)       # model.SmolLM2, on the CPU, in fp32
 """
 
 import difflib
@@ -313,7 +313,7 @@ def unwrap(name):
 # ---- The model
 
 
-def load_network(source, config=None):
+def load_model(source, config=None):
     """Return SmolLM2 on the CPU in fp32 with the source's weights, which must fit `config` (default: the source's)."""
     if config is not None:
         check_shapes(config, source.config, source.path)

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from lib.tokenizer import encode, load_tokenizer, tokenizer_json  # noqa: E402
-from lib.weights import find_weights, load_network  # noqa: E402
+from lib.weights import find_weights, load_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def release():
 @pytest.fixture(scope="session")
 def real_model(release):
     """Return the real model, shared: do not change it."""
-    return load_network(release).eval()
+    return load_model(release).eval()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 
 from lib.checkpoint import write_checkpoint
 from lib.tokenizer import tokenizer_json
-from lib.weights import Source, find_weights, load_network
+from lib.weights import Source, find_weights, load_model
 from model import ModelConfig, SmolLM2
 
 LLAMA = dict(
@@ -44,7 +44,7 @@ def assert_same_logits(source, network):
     source = source if isinstance(source, Source) else find_weights(str(source))
     idx = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(load_network(source)(idx), network(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(load_model(source)(idx), network(idx).logits, atol=1e-4, rtol=0)
 
 
 def refusal(call, *args):
@@ -116,7 +116,7 @@ def load_tokenizer_once(monkeypatch, prepare_data, encoding):
 
 def load(path):
     """Return the model in a folder or a file."""
-    return load_network(find_weights(str(path)))
+    return load_model(find_weights(str(path)))
 
 
 def write_dataset(folder, train=range(40), val=range(20), mask=None, **more):

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from lib.files import lock_folder, written_whole
+from lib.files import lock_folder, write_atomically
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a"
-    with written_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(b"old")
-    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
+    with pytest.raises(ZeroDivisionError), write_atomically(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    with written_whole(path, "w", newline="") as file:
+    with write_atomically(path, "w", newline="") as file:
         file.write("new\n")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new\n"
@@ -31,7 +31,7 @@ def test_the_target_of_a_link_is_replaced_and_its_mode_kept(tmp_path):
     (tmp_path / "disk/a").write_bytes(b"old")
     (tmp_path / "disk/a").chmod(0o600)
     (tmp_path / "a").symlink_to("disk/a")
-    with written_whole(tmp_path / "a") as file:
+    with write_atomically(tmp_path / "a") as file:
         file.write(b"new")
     assert (tmp_path / "disk/a").read_bytes() == b"new" and (tmp_path / "a").is_symlink()
     assert (tmp_path / "disk/a").stat().st_mode & 0o777 == 0o600
@@ -43,7 +43,7 @@ def test_the_folder_is_flushed_after_the_rename(tmp_path, monkeypatch):
     replace, fsync = os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda *a: (events.append("rename"), replace(*a)))
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.path.isdir(f"/proc/self/fd/{fd}")), fsync(fd)))
-    with written_whole(tmp_path / "a") as file:
+    with write_atomically(tmp_path / "a") as file:
         file.write(b"x")
     assert events == [False, "rename", True]  # fsync of a folder?
 

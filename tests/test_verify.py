@@ -142,14 +142,14 @@ def test_the_rows_of_the_official_base(run, real_model, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "CONTINUATION", json.loads(rows[greedy].measured))
     assert not run(init_from=folder)[0]
 
-    load_network = verify.load_network
+    load_model = verify.load_model
 
     def load_changed(source):
-        model = load_network(source)
+        model = load_model(source)
         model.model.layers[3].mlp.up_proj.weight.view(torch.int32)[5, 7] ^= 1  # the last bit of one value
         return model
 
-    monkeypatch.setattr(verify, "load_network", load_changed)
+    monkeypatch.setattr(verify, "load_model", load_changed)
     failed, _, rows = run(init_from=folder)
     assert failed and names(rows, "✗") == ["every value, bit for bit"]
     assert rows["every value, bit for bit"].notes == ["model.layers.3.mlp.up_proj.weight"]

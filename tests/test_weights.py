@@ -21,7 +21,7 @@ from torch.distributed.fsdp._common_utils import FSDP_PREFIX, clean_tensor_name
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lib.tokenizer import tokenizer_json
-from lib.weights import config_from_json, config_to_json, find_weights, load_network
+from lib.weights import config_from_json, config_to_json, find_weights, load_model
 from model import PRESETS
 
 INDEX = "pytorch_model.bin.index.json"
@@ -79,10 +79,10 @@ def test_weights_keep_their_dtype_and_may_repeat_the_head(tmp_path):
 
 def test_settings_that_fit_any_tensors_may_change_and_others_are_refused(peer):
     source = find_weights(str(peer[1]))
-    network = load_network(source, replace(source.config, rope_theta=7.0, max_position_embeddings=9, rms_norm_eps=0.1))
+    network = load_model(source, replace(source.config, rope_theta=7.0, max_position_embeddings=9, rms_norm_eps=0.1))
     assert (network.config.rope_theta, len(network.cos), network.model.norm.eps) == (7.0, 9, 0.1)
     for name, value in dict(hidden_size=128, num_attention_heads=8, num_key_value_heads=4, vocab_size=97).items():
-        message = refusal(load_network, source, replace(source.config, **{name: value}))
+        message = refusal(load_model, source, replace(source.config, **{name: value}))
         assert f"{name} is set to {value}" in message and f"has {getattr(source.config, name)}" in message
 
 
@@ -240,7 +240,7 @@ def test_a_lora_adapter_is_merged_as_peft_merges_it(settings, peer, folder, tmp_
     theirs = adapter(folder, tmp_path / "lora", **settings).merge_and_unload().state_dict()
     for path in (tmp_path / "lora", tmp_path / "lora/adapter_model.safetensors"):
         source = find_weights(str(path))
-        ours = load_network(source).state_dict()
+        ours = load_model(source).state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
         assert not torch.equal(ours[VALUES], peer[0].state_dict()[VALUES])
     assert f"merged into\nweights:  {folder} = {folder}, from folder" in source.about
@@ -257,7 +257,7 @@ def test_the_base_may_be_given_and_the_adapters_own_tokenizer_comes_first(peer, 
     source = find_weights(str(tmp_path / "lora"), base=base)
     assert source.tokenizer == {"path": tmp_path / "lora"} and source.chat_template == "{{ y }}"
     other = find_weights(str(tmp_path / "lora"), base=str(tmp_path / "elsewhere"))
-    torch.testing.assert_close(load_network(source).state_dict(), load_network(other).state_dict())
+    torch.testing.assert_close(load_model(source).state_dict(), load_model(other).state_dict())
     for name in (str(tmp_path / "elsewhere"), "resume"):
         with pytest.raises(SystemExit) as stop:
             find_weights(name, base=base)
@@ -280,7 +280,7 @@ def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(changes, words, fo
 def test_an_adapter_needs_its_own_base_and_its_own_folder(folder, tmp_path):
     adapter(folder, lora := tmp_path / "lora")
     other = save(tmp_path / "other", llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=1))
-    message = refusal(lambda: load_network(find_weights(str(lora), base=str(other))))
+    message = refusal(lambda: load_model(find_weights(str(lora), base=str(other))))
     assert "does not have the model's shapes" in message
     adapter(folder, tmp_path / "embedding", target_modules=["embed_tokens"])
     assert "embed_tokens" in refusal(load, tmp_path / "embedding")
