@@ -20,12 +20,13 @@ all: setup
 	$(PY) train.py config/nano.py --overwrite
 	$(PY) train.py --init_from=resume --out_dir=out/nano --max_iters=2050
 	$(PY) sample.py --out_dir=out/nano --prompt="This module"
-	$(PY) resume_test.py --out_dir=out/nano
+	$(PY) resume_test.py --out_dir=out/nano --iters=20
 	@printf '\n%s\n' "$$SUMMARY"
 
 define SUMMARY
-What happened: out/nano holds a small SmolLM2 that was trained, stopped, resumed and sampled from. Open out/nano/loss.png.
-What was proven, above: model.py computes what transformers computes (verify.py), and a resume loses nothing (resume_test.py).
+What happened: out/nano holds a small SmolLM2 that was trained, stopped, resumed and sampled from.
+What was proven, above: model.py computes what transformers computes, and a resume loses nothing.
+What to look at: out/nano/loss.png, and out/nano/resume.png with the resumed run on top of the straight one
 What to try next, after `. .venv/bin/activate`:
     python sample.py --init_from=instruct --chat    talk to the released weights
     python train.py config/toy.py                   train all 134,515,008 parameters from scratch: one to six hours

@@ -3,7 +3,7 @@ Load weights from anywhere: find them by a name or a path, then build the model.
 
     source = find_weights("base")      # a release, org/name on the Hub, a folder, a GGUF, a checkpoint, a LoRA adapter
     print(source.about)                # its name, origin and hashes
-    model = load_model(source)       # model.SmolLM2, on the CPU, in fp32
+    model = load_model(source)         # model.SmolLM2, on the CPU, in fp32
 """
 
 import difflib
