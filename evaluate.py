@@ -151,7 +151,7 @@ def load_text(config, vocab_size, window, encoding):
             about += f", {undecodable:,} bytes that cannot be decoded became U+FFFD"
     else:
         dataset = config.dataset or "python"
-        _, (ids, mask), meta = open_data(dataset, vocab_size, None, config.data_dir)
+        _, (ids, mask, _), meta = open_data(dataset, vocab_size, None, config.data_dir)
         about = str(Path(config.data_dir, dataset, "val.bin"))
 
     if mask is not None:  # conversations, each row a separate window

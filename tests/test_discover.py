@@ -250,7 +250,7 @@ def add(name, *shape):
 
 @pytest.mark.parametrize("fault, named", [
     (add("model.layers.1.self_attn.q_proj.bias", 120), "model.layers.1.self_attn.q_proj.bias is [120]"),
-    (add("lm_head.weight", 96, 120), " lm_head.weight "),
+    (add("lm_head.weight", 96, 120), " lm_head.weight,"),
     (add("model.layers.1.mlp.up_proj.weight", 320, 60), "model.layers.1.mlp.up_proj.weight is [320, 60]"),
     (lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.down" not in k}, "down_proj.weight is missing"),
     (lambda tensors: {k: v for k, v in tensors.items() if "embed" not in k}, "it has no model.embed_tokens.weight"),
