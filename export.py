@@ -70,7 +70,8 @@ def check_logits(path):
     error = ((model(idx) - expected).norm() / expected.norm()).item()
     fault = f"transformers' Llama computes different logits (relative error {error:.1e})"
     check(error < 1e-4, f"{fault}: model.py is no longer a Llama")  # also fails for NaN; equal models differ by 1e-6
-    return f"transformers computes the same logits: relative error {error:.1e} on {T} tokens"
+    difference = f"relative error {error:.1e}" if error else "identical"
+    return f"transformers computes the same logits on {T} tokens: {difference}"
 
 
 def name_tokens(source, tokenizer):

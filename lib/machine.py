@@ -160,6 +160,8 @@ def try_step(model, config, device, resumed, say):
         model.zero_grad(set_to_none=True)
         del moments  # as large as the optimizer's, which come with the first update
 
+    if config.compile:
+        say("compiling the model and trying one step: up to a minute")
     by_block = "cuda" not in device or torch.distributed.is_initialized()
     compiled = config.compile and try_compiling(model, step, say, by_block)
     if not compiled and not resumed:

@@ -71,7 +71,8 @@ def end_processes(world_size):
 def resolve_auto(config, device, checkpoint, say):
     """
     Return (config, machine), both for the checkpoint: the settings with "auto" resolved for device and dtype, and all
-    else that the last bits depend on. The fastest matmul is measured once, on rank 0; a resume reads it from ckpt.pt.
+    else that the last bits depend on. The fastest matmul is measured once, and rank 0 decides; a resume reads both from
+    its checkpoint.
     """
     if config.device == "auto":
         config = replace(config, device=device.split(":")[0])

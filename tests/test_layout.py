@@ -61,6 +61,12 @@ def test_ctrl_c_during_the_imports_is_one_line(script, tmp_path):
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
 
 
+def test_importing_the_model_changes_no_setting_of_torch():
+    code = "import torch, torch._inductor.config as c; a = c.cpp.march; import model; print(a == c.cpp.march)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+
+
 def test_the_core_is_read_in_one_sitting():
     """model.py counts down to "The same, faster": the lines below do not change what the model computes."""
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in CORE}
