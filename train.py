@@ -9,7 +9,6 @@ Settings, lowest precedence first: the defaults below, the checkpoint (on resume
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -33,6 +32,7 @@ from lib.optimizer import build_optimizer, load_run
 from lib.processes import (
     clip_gradient,
     end_processes,
+    get_rank,
     note_signals,
     resolve_auto,
     shard,
@@ -263,7 +263,7 @@ def main(config):
         f"lower batch_size ({config.batch_size}) and raise gradient_accumulation_steps "
         f"({config.gradient_accumulation_steps}) by the same factor, or lower block_size ({config.block_size})"
     )
-    owned = lock_folder(config.out_dir, "out_dir") if os.environ.get("RANK", "0") == "0" else nullcontext()
+    owned = nullcontext() if get_rank()[0] else lock_folder(config.out_dir, "out_dir")
     with one_line_errors(memory_hint, config.out_dir), owned:
         sys.exit(train(config))
 

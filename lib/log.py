@@ -84,6 +84,7 @@ class RunLog:
     def __init__(self, config, meta, model, iter_num, sequences_read, losses):
         """Print the settings, open the tracker, and cut log.csv back to the checkpoint at iter_num."""
         self.config, self.model = config, model
+        self.size = sum(p.numel() for p in model.parameters())
         self.bits_per_nat = meta["val"]["loss_tokens"] / meta["val"]["bytes"] / math.log(2)  # bits/byte, nats/token
         self.tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size  # per iteration
         self.losses = losses  # since the last row
@@ -111,7 +112,7 @@ class RunLog:
         if config.dtype == "bfloat16":
             matmuls = f"bf16 matmuls, fp32 weights ({torch.get_float32_matmul_precision()})"
         say(
-            f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_hidden_layers} blocks "
+            f"model       {self.size:,} parameters, {config.num_hidden_layers} blocks "
             f"of width {config.hidden_size}\n"
             f"data        {config.dataset}: {meta['train']['tokens']:,} training tokens, "
             f"{meta['val']['tokens']:,} validation tokens\n"
@@ -199,9 +200,7 @@ class RunLog:
         self.val_losses[iter_num] = val_loss, val_stderr
         self.write(iter=iter_num, val_loss=val_loss, val_stderr="" if math.isnan(val_stderr) else val_stderr)
         if self.file:
-            ms = sum(float(row.get("ms") or 0) for row in read_log(self.path)) * self.config.log_interval
-            size = sum(p.numel() for p in self.model.parameters()) / 1e6
-            title = f"{size:.1f}M parameters, {self.config.dataset}: {ms / 60_000:.0f} minutes on {self.config.device}"
+            title = f"{self.size / 1e6:.1f}M parameters, {self.config.dataset}, on {self.config.device}"
             plot_log(self.path, self.path.with_name("loss.png"), title, self.bits_per_nat, self.resumed_at)
 
     def sample(self, iter_num, text):
@@ -300,6 +299,8 @@ def plot_log(log_path, path, title, bits_per_nat, resumed_at):
     val = [(int(row["iter"]), *(float(row.get(name) or "nan") for name in ("val_loss", "val_stderr"))) for row in rows]
     val = np.array(val).reshape(-1, 3)
     val = val[~np.isnan(val[:, 1])]
+    ms = [float(row.get("ms") or 0) for row in rows if row.get("loss")]
+    minutes = np.diff(train[:, 0], prepend=0) @ np.array(ms) / 60_000  # each ms is a mean since the row before
     axes.plot(*train.T, color=BLUE, linewidth=1.5, label="train, mean since the last log line")
     axes.errorbar(*val.T, color=ORANGE, fmt="o-", markersize=4, capsize=3, linewidth=1.5, label="val, ± standard error")
     # The first iterations fall from ln(vocab_size) and would press the rest flat: they may leave through the top.
@@ -309,7 +310,7 @@ def plot_log(log_path, path, title, bits_per_nat, resumed_at):
         axes.set_ylim(later.min() - 0.2, later.max() + 0.2)
     if resumed_at is not None:
         axes.axvline(resumed_at, color=GREY, linestyle=":", label="stopped and resumed")
-    axes.set(xlabel="iteration", ylabel="nats per token", title=title)
+    axes.set(xlabel="iteration", ylabel="nats per token", title=f"{title}: {minutes:.0f} minutes")
     right = axes.secondary_yaxis("right", functions=(lambda nats: nats * bits_per_nat, lambda bpb: bpb / bits_per_nat))
     right.set_ylabel("bits per byte")
     axes.legend()

@@ -75,7 +75,7 @@ def run(*flags):
 
 
 def command(*flags, launcher=()):
-    """The command line of train.py in a process of its own."""
+    """Return the command line of train.py in a separate process."""
     argv = list(flags) if "--init_from=resume" in flags else [*TINY, "--dataset=text", *flags]
     return [sys.executable, *launcher, str(ROOT / "tests/exact_train.py"), *argv]
 
