@@ -8,10 +8,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-# Let waiting threads spin only briefly, then sleep. On a quiet machine an iteration takes up to a quarter longer (nano 60 ms
-# instead of 48), but if another program keeps one of two cores busy, a quarter to a half of the time (100 ms instead of 390).
-export GOMP_SPINCOUNT ?= 1000
-
 .PHONY: all setup test verify bench torture toy
 
 all: setup

@@ -53,7 +53,7 @@ class EvaluateConfig:
     window: int | None = None  # tokens that are read at once (default: the context, but at most 2,048)
     stride: int | None = None  # tokens that are scored in each window (default: half of it)
     # multiple choice
-    task: Literal["", *TASKS] = ""  # evaluate a task from the Hub
+    task: Literal["", *TASKS] = ""  # from the Hub: arc_easy, arc_challenge, hellaswag, openbook_qa, piqa, winogrande
     items: str = ""  # evaluate a local file with the rows of such a task, or with rows of `query`, `choices`, `gold`
     # both
     limit: int | None = None  # maximum number of questions, rows of conversations, or tokens of text (default: all)

@@ -24,12 +24,12 @@ Shapes in comments: B batch, T time, C hidden size, H query heads, K key/value h
 V vocabulary, S positions in the KV cache.
 """
 
+import functools
 import math
 import platform
 from dataclasses import dataclass
 
 import torch
-import torch._inductor.config
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -250,7 +250,8 @@ class SmolLM2(nn.Module):
         """
         # torch.compile writes C++ that is vectorized already. If GCC 12 vectorizes it again, transposed tiles of
         # bf16 can come out wrong, and gradients with them (seen on an Emerald Rapids CPU). So tell GCC not to.
-        cpp = torch._inductor.config.cpp
+        from torch._inductor.config import cpp  # here, because it takes a second to import
+
         if platform.system() == "Linux" and platform.machine() == "x86_64" and cpp.march is None:
             cpp.march = "native -fno-tree-slp-vectorize"
         if not by_block:
@@ -433,7 +434,10 @@ def softmax_loss(logits, targets):
     return -at_target
 
 
-compiled_softmax_loss = torch.compile(softmax_loss)  # compiled when it is first called
+@functools.cache
+def compile_softmax_loss():
+    """Return softmax_loss compiled. Not at import: torch.compile alone takes two seconds to load."""
+    return torch.compile(softmax_loss)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -449,7 +453,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, with_grad, compiled):
         device = x.device.type
-        compute_loss = compiled_softmax_loss if compiled else softmax_loss
+        compute_loss = compile_softmax_loss() if compiled else softmax_loss
         chunk = ChunkedCrossEntropy.CHUNK.get(device, 4_096)
         rows = ChunkedCrossEntropy.ROWS if device == "cpu" and not compiled else chunk
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

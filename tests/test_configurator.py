@@ -1,13 +1,14 @@
 """Test configurator.py: the precedence of settings, and its error messages."""
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-from configurator import OUR_NAMES, configure, differences
+from configurator import OUR_NAMES, configure, differences, start
 
 import pytest
 
@@ -15,9 +16,12 @@ import prepare_data
 from bench import BenchConfig
 from evaluate import EvaluateConfig
 from export import ExportConfig
+from lib.tasks import TASKS
 from sample import SampleConfig
 from train import TrainConfig
 from verify import VerifyConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -221,26 +225,54 @@ def test_other_names_suggest_ours(capsys):
         assert_rejected([f"--{theirs}=3"], [theirs, f"did you mean {ours}?"], capsys, script)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--max_iters=many", "--help"]])
-def test_help_lists_every_setting(argv, capsys):
-    with pytest.raises(SystemExit, match="^$"):
-        configure(Config, argv)
-    text = " ".join(capsys.readouterr().out.split())
-    for line in (
-        "Do what the script does.",
-        "--out_dir str, default 'out' where everything goes",  # inherited
-        "--learning_rate float, default 0.0003 at the peak",
-        "--top_k int | None, default None keep the k most likely",
-        "--dtype Literal['auto', 'float32', 'bfloat16'], default 'auto' arithmetic",
-    ):
-        assert line in text
+@pytest.mark.parametrize("name", ["bench", "discover", "evaluate", "export", "prepare_data", "resume_test", "sample",
+                                  "train", "verify"])  # fmt: skip
+def test_help_lists_every_setting_without_torch(name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    env = dict(os.environ, PYTHONPATH=str(tmp_path))
+    argv = [sys.executable, f"{name}.py", "--max_iters=many", "-h" if name == "train" else "--help"]
+    lines = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    script = importlib.import_module(name)
+    (cls,) = (value for value in vars(script).values() if dataclasses.is_dataclass(value)
+              and value.__module__ == name and value.__name__.endswith("Config"))  # fmt: skip
+    assert lines[2] == cls.__doc__
+    fields = dataclasses.fields(cls)
+    for field, heading, comment in zip(fields, lines[4::2], lines[5::2], strict=True):
+        setting, default = heading.split(", default ")
+        assert setting.split()[0] == f"--{field.name}" and eval(default) == field.default and len(comment) > 8
+    if name == "train":  # one inherited, one of its own
+        assert lines[6:8] == ["  --hidden_size  int, default 576", "      width of the residual stream"]
+        assert '  --dtype  Literal["auto", "float32", "bfloat16"], default "auto"' in lines
+    if name == "evaluate":
+        assert all(task in " ".join(lines) for task in TASKS)
+
+
+@pytest.mark.parametrize("running, user, count", [
+    ("1 1 1 1 1", None, None),
+    ("3 2 1 2 2", None, None),  # for a moment
+    ("3 2 2 2 2", None, "1000"),
+    ("3 2 2 2 2", "7", "7"),
+])  # fmt: skip
+def test_threads_sleep_soon_next_to_a_busy_program(running, user, count, tmp_path, monkeypatch):
+    """Count the running programs as /proc/loadavg does, this one included, on a machine of two cores."""
+    counts = iter(running.split())
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: f"0.50 0.75 1.00 {next(counts)}/99 1234"
+                        if str(path) == "/proc/loadavg" else "no settings")  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", user or "")
+    if not user:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    start(tmp_path / "train.py")
+    assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
 def test_output_that_is_not_utf8_is_no_error():
     """As on Windows, if it goes to a file."""
     script = "from train import TrainConfig, configure; configure(TrainConfig, []); print('✓', 'é')"
-    env, root = dict(os.environ, PYTHONIOENCODING="latin-1"), Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", script], env=env, cwd=root, capture_output=True)
+    env = dict(os.environ, PYTHONIOENCODING="latin-1")
+    result = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True)
     assert (result.returncode, result.stdout.split()) == (0, [b"?", b"\xe9"]), result.stderr
 
 
