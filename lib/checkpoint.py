@@ -95,5 +95,5 @@ def refuse_earlier_run(out_dir, overwrite):
 
 def remove_earlier_run(out_dir):
     """Remove the files of an earlier run, because a new one begins."""
-    for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"):
+    for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png", "resume.png"):
         (out_dir / name).unlink(missing_ok=True)

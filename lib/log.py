@@ -104,6 +104,8 @@ class RunLog:
         epochs = (sequences_read * config.block_size + left) / meta["train"]["tokens"]
         next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
         then = f", then every {config.eval_interval}" if next_save < config.max_iters else ""
+        read = config.eval_iters * config.batch_size * config.block_size
+        first = "now and " if iter_num % config.eval_interval == 0 else ""
         threads = torch.get_num_threads()
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         if config.shard:
@@ -120,7 +122,8 @@ class RunLog:
             f"{config.max_iters:,} iterations = {epochs:.2f} epochs\n"
             f"machine     {config.device}, {processes}, {threads} thread{'s' if threads > 1 else ''}; {matmuls}; "
             f"{'compiled' if config.compile else 'eager'}\n"
-            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}{then}, and on Ctrl-C"
+            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}{then}, and on Ctrl-C\n"
+            f"evaluation  on {read:,} tokens of val.bin, {first}after each checkpoint"
         )
         decay = config.lr_decay_iters - (config.wsd_decay_iters if config.schedule == "wsd" else 0)
         if config.warmup_iters > min(decay, config.max_iters):
