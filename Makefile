@@ -14,7 +14,7 @@ all: setup
 	$(PY) prepare_data.py
 	$(PY) verify.py --quick
 	$(PY) train.py config/nano.py --overwrite
-	$(PY) train.py --init_from=resume --out_dir=out/nano --max_iters=2050
+	$(PY) train.py --init_from=resume --out_dir=out/nano --max_iters=1050
 	$(PY) sample.py --out_dir=out/nano --prompt="This module"
 	$(PY) resume_test.py --out_dir=out/nano --iters=20
 	@printf '\n%s\n' "$$SUMMARY"
