@@ -1,4 +1,4 @@
-# config/nano.py with Muon for the blocks' matrices and AdamW for the embedding and the norms.
+# config/nano.py with Muon for the blocks' matrices and AdamW for the embedding and the norms, and twice the iterations.
 #
 # Muon makes each update of a matrix nearly orthogonal, by five rounds of matmuls of the matrix with itself. Here that
 # makes an iteration a fifth longer. For SmolLM2-135M it is 1.46 TFLOP per update: 3.5 times the cost of training on 512
