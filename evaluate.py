@@ -31,8 +31,8 @@ from lib.dataset import open_data
 from lib.errors import check, one_line_errors
 from lib.files import write_atomically
 from lib.machine import autocast, pick_device, pick_matmul
-from lib.tasks import TASKS, read_hub_task, read_items, read_task_file
-from lib.text import ROWS, read_text, suffix_of
+from lib.tasks import TASKS, read_items, read_task_file
+from lib.text import ROWS, read_hub_rows, read_text, suffix_of
 from lib.tokenizer import END_OF_TEXT, encode, encode_array, load_tokenizer, token_sizes
 from lib.weights import find_weights, load_model
 
@@ -231,7 +231,9 @@ def main(config):
     check(window <= context, f"window {window} is longer than the context, {context}: lower --window")
     task = config.task or config.items
     if task:
-        items = read_items(read_hub_task(task) if config.task else read_task_file(Path(task)), config.limit)
+        hint = "connect, or pass --items=FILE, a local copy of its rows"
+        raw = read_hub_rows(*TASKS[task], hint, streaming=False) if config.task else read_task_file(Path(task))
+        items = read_items(raw, config.limit)
         check(items, f"{task} holds no question: choose a different file or task")
         rows, num_cut = encode_choices(items, encoding, window)
         print(f"{task}: {len(items):,} questions, {len(rows):,} choices")

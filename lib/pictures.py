@@ -16,24 +16,17 @@ BLUE, ORANGE, PURPLE = "#3b82f6", "#f97316", "#a855f7"
 
 def new_picture(panels=1):
     """Return matplotlib's (figure, axes): 8 x 4.5 inches, or 12 x 4.5 with two axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to a file and needs no screen
-    import matplotlib.pyplot as plt
+    import matplotlib.figure  # not pyplot, which keeps every figure, and may want a screen
 
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = dict.fromkeys(grey, GREY) | {"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "font.size": 11}
-    plt.rcParams.update(style)
-    return plt.subplots(1, panels, figsize=(4 + 4 * panels, 4.5), layout="constrained")
+    matplotlib.rcParams.update(style)
+    figure = matplotlib.figure.Figure((4 + 4 * panels, 4.5), layout="constrained")
+    return figure, figure.subplots(1, panels)
 
 
 def save_picture(figure, path):
     """Write a PNG of 120 pixels per inch, and create its folder if needed. Raises OSError if it cannot be written."""
-    import matplotlib.pyplot as plt
-
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as file:
-            figure.savefig(file, dpi=120, format="png", transparent=True)
-    finally:
-        plt.close(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        figure.savefig(file, dpi=120, format="png", transparent=True)

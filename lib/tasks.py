@@ -1,7 +1,7 @@
 """
 Read multiple-choice questions, from a task on the Hub or from a file of rows.
 
-    items = read_items(read_hub_task("arc_easy"), limit=None)
+    items = read_items(read_hub_rows(*TASKS["arc_easy"], hint, streaming=False))
     items = read_items(read_task_file("items.jsonl"), limit=100)
 
 A row's keys determine its layout: `query`, `choices`, `gold`; or `context_options`, `continuation`, `gold`; or the
@@ -14,7 +14,7 @@ import reprlib
 from collections import namedtuple
 
 from lib.errors import check, usable
-from lib.text import ROWS, read_hub_rows, read_rows, suffix_of
+from lib.text import ROWS, read_rows, suffix_of
 
 TASKS = {  # name: (Hub dataset, subset, the split that lm-evaluation-harness scores)
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
@@ -87,8 +87,3 @@ def read_task_file(path):
     supported = path.is_file() and suffix_of(path) in ROWS
     check(supported, f"{path} is not a file of rows: pass --items a task's rows, as .jsonl, .json or .parquet")
     return read_rows(path)
-
-
-def read_hub_task(name):
-    """Yield (position, row) for each row of a task on the Hub, cached by the datasets library."""
-    return read_hub_rows(*TASKS[name], "connect, or pass --items=FILE, a local copy of its rows", streaming=False)

@@ -1,4 +1,4 @@
-"""Damage the contents of files start random."""
+"""Damage the contents of files at random."""
 
 import re
 
@@ -8,8 +8,6 @@ def spoil(content, rng):
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 8])):
         start = min(rng.randrange(len(content)), int(rng.expovariate(1 / 400)))  # headers more often than tensors
-        if start >= len(content):
-            continue
         match rng.randrange(5):
             case 0:
                 content[start] = rng.randrange(256)
@@ -21,7 +19,7 @@ def spoil(content, rng):
             case 3:
                 del content[start:]
             case 4:
-                tokens = [m for m in re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content)]
+                tokens = list(re.finditer(rb"-?\d[\d.e-]*|true|false|null|\"[\w./ -]*\"", content))
                 if tokens:
                     token = rng.choice(tokens)
                     content[token.start() : token.end()] = rng.choice(ODD)
@@ -30,6 +28,7 @@ def spoil(content, rng):
     return bytes(content)
 
 
-ODD = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"64.5", b'"x"', b'"../x"', b"[]", b"{}", b"[[1]]", b"1e9",
-    b'"a"', b"99999999999999999999",
-       b'"\\ud800"', b'"a\\nb"', b"[" * 3_000]  # fmt: skip
+ODD = [
+    b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"64.5", b'"x"', b'"../x"', b"[]", b"{}", b"[[1]]", b"1e9", b'"a"',
+    b"99999999999999999999", b'"\\ud800"', b'"a\\nb"', b"[" * 3_000,
+]  # fmt: skip

@@ -15,7 +15,7 @@ from networks import llama, load, save, save_checkpoint, tiny, write_dataset
 import evaluate
 from evaluate import EvaluateConfig, cut_windows, encode_choices, grade, score
 from lib.oracle import build_oracle
-from lib.tasks import TASKS, Item, read_hub_task, read_items, read_task_file
+from lib.tasks import TASKS, Item, read_items, read_task_file
 
 TEXT = "The naïve cat sat on the mat.\n\n" * 16 + "It was 12 o'clock — “late”, said the cat.\n"
 
@@ -86,48 +86,46 @@ def mark(choices):
     return {"text": choices, "label": list("ABCD")}
 
 
+def ask(question, choices, gold):
+    return Item([question] * len(choices), choices, gold)
+
+
 def layouts():
-    """Return {layout: (raw rows, for each the (context, continuation) pairs to score, the right choices)}."""
-    pairs = [[(q, " " + c) for c in choices] for q, choices, _ in QUESTIONS]
-    prompted = [[(f"Question: {q}\nAnswer:", " " + c) for c in choices] for q, choices, _ in QUESTIONS]
-    filled = [[(start + a, " " + end), (start + b, " " + end)] for start, a, b, end, _ in SENTENCES]
-    gold, gap = [gold for *_, gold in QUESTIONS], [gold for *_, gold in SENTENCES]
+    """Return {layout: (raw rows, their Items)}."""
+    prompted = [ask(f"Question: {q}\nAnswer:", c, g) for q, c, g in QUESTIONS]
+    filled = [Item([start + a, start + b], [end] * 2, gold) for start, a, b, end, gold in SENTENCES]
     return {
         "query": (
-            [dict(query=q, choices=c, gold=g) for q, c, g in QUESTIONS + SHORT],
-            pairs + [[(q, " " + choice) for choice in choices] for q, choices, _ in SHORT], gold + [0, 0],
+            [dict(query=q, choices=c, gold=g) for q, c, g in QUESTIONS + SHORT], [ask(*q) for q in QUESTIONS + SHORT],
         ),
         "context_options": (
-            [dict(context_options=[s + a, s + b], continuation=end, gold=g) for s, a, b, end, g in SENTENCES],
-            filled, gap,
+            [dict(context_options=[s + a, s + b], continuation=end, gold=g) for s, a, b, end, g in SENTENCES], filled,
         ),
         "winogrande": (
             [dict(sentence=f"{s}_ {e}", option1=a, option2=b, answer=str(g + 1)) for s, a, b, e, g in SENTENCES],
-            filled, gap,
+            filled,
         ),
         "hellaswag": (
             [dict(activity_label="Baking", ctx_a=a, ctx_b=b, endings=ENDINGS, label="0") for a, b, _ in SCENES],
-            [[(query, " " + end) for end in CLEAN_ENDINGS] for *_, query in SCENES], [0] * 5,
+            [ask(query, CLEAN_ENDINGS, 0) for *_, query in SCENES],
         ),
-        "arc": (
-            [dict(question=q, choices=mark(c), answerKey="ABCD"[g]) for q, c, g in QUESTIONS], prompted, gold,
-        ),
+        "arc": ([dict(question=q, choices=mark(c), answerKey="ABCD"[g]) for q, c, g in QUESTIONS], prompted),
         "openbook_qa": (
-            [dict(question_stem=q, choices=mark(c), answerKey="ABCD"[g] + " ") for q, c, g in QUESTIONS], pairs, gold,
+            [dict(question_stem=q, choices=mark(c), answerKey="ABCD"[g] + " ") for q, c, g in QUESTIONS],
+            [ask(*q) for q in QUESTIONS],
         ),
         "piqa": (
             [dict(goal=q, sol1=c[0], sol2=c[1], label=g % 2) for q, c, g in QUESTIONS],
-            [two[:2] for two in prompted], [g % 2 for g in gold],
+            [ask(q.contexts[0], q.continuations[:2], q.gold % 2) for q in prompted],
         ),
     }  # fmt: skip
 
 
-def test_items_of_each_layout(tmp_path):
-    for name, (rows, pairs, gold) in layouts().items():
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        items = read_items(read_task_file(tmp_path / "a.jsonl"))
-        assert [list(zip(i.contexts, (" " + c for c in i.continuations), strict=True)) for i in items] == pairs, name
-        assert [item.gold for item in items] == gold, name
+@pytest.mark.parametrize("layout", layouts())
+def test_items_of_each_layout(tmp_path, layout):
+    rows, items = layouts()[layout]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_items(read_task_file(tmp_path / "a.jsonl")) == items
 
 
 @torch.no_grad()
@@ -137,9 +135,9 @@ def test_log_likelihoods_as_transformers_and_lm_evaluation_harness(real_model, e
     it is installed: pip install --no-deps lm_eval==0.4.13 accelerate==1.15.0.
     """
     oracle = build_oracle(real_model.config, real_model.state_dict())
-    scored = [layouts()[name] for name in ("query", "winogrande", "hellaswag")]  # the others make the same strings
-    items = [item for rows, *_ in scored for item in read_items(enumerate(rows))]
-    choices = [pair for _, pairs, _ in scored for item in pairs for pair in item]
+    names = ("query", "winogrande", "hellaswag")  # the others make the same strings
+    items = [item for name in names for item in layouts()[name][1]]
+    choices = [(q, " " + c) for item in items for q, c in zip(item.contexts, item.continuations, strict=True)]
     rows, num_cut = encode_choices(items, encoding, 2_048)
     ours = [-losses.sum() for losses in score(real_model, rows, 8, "cpu", "float32")]
     theirs = []
@@ -168,7 +166,7 @@ def test_log_likelihoods_as_transformers_and_lm_evaluation_harness(real_model, e
 @torch.no_grad()
 def test_contexts_are_cut_from_the_left(model, encoding):
     """The last tokens before a choice are kept, and white space before it is scored with it."""
-    rows, num_cut = encode_choices(read_items(enumerate(layouts()["query"][0][:6])), encoding, 9)
+    rows, num_cut = encode_choices([ask(*q) for q in QUESTIONS], encoding, 9)
     losses, too_long = iter(score(model, rows, 8, "cpu", "float32")), 0
     for question, choices, _ in QUESTIONS:
         for choice in choices:
@@ -209,7 +207,7 @@ def test_tasks_from_the_hub(capfd, tmp_path, out_dir, monkeypatch):
     assert re.fullmatch(r"error: Hub dataset baber/piqa, .* \(.*Offline.*--items=FILE, a local copy .*", code)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for task in TASKS:
-        assert len(read_items(read_hub_task(task), limit=4)) == 4
+        assert run(capfd, f"--task={task}", f"--out_dir={out_dir}", "--limit=4")[1].count(f"{task}: 4 questions") == 1
     assert requests == list(TASKS.values())
     results, output = numbers(capfd, tmp_path, "--task=winogrande", f"--out_dir={out_dir}")
     assert "winogrande: 4 questions, 8 choices" in output
@@ -308,7 +306,6 @@ GOOD = '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
     (GOOD.replace('"b"', '""'), "a choice is empty"),
     (GOOD.replace('"b", "c"', '"b"'), "fewer than two"),
     (GOOD.replace('"b"', "null"), "a choice is not a string"),
-    (GOOD.replace('["b", "c"]', '{"b": 1, "c": 2}'), "line 1 .* a question is a string, and its choices are a list"),
     (GOOD.replace('["b", "c"]', '"bc"'), "line 1 .* its choices are a list"),
     (GOOD.replace('"a"', '["a", "b", "c"]'), "line 1 .* a question is a string"),
     ('{"context_options": "ab", "continuation": "c", "gold": 0}', "line 1 .* its choices are a list"),
@@ -323,8 +320,7 @@ def test_bad_items(capfd, tmp_path, out_dir, content, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--text=rows.jsonl"], "rows.jsonl holds rows: run python prepare_data.py --dataset=rows.jsonl first"),
-    (["--text=a b.jsonl"], "prepare_data.py --dataset='a b.jsonl'"),
+    (["--text=a b.jsonl"], "a b.jsonl holds rows: run python prepare_data.py --dataset='a b.jsonl' first"),
     (["--text=empty.txt"], "empty.txt holds no text"),
     (["--json=empty.txt/a.json", "--out_dir=nowhere"], "error: empty.txt: (File exists|Not a directory): move it away"),
     (["--json=small", "--out_dir=nowhere"], "small cannot be written to: choose a different file with --json="),
@@ -335,7 +331,7 @@ def test_bad_items(capfd, tmp_path, out_dir, content, message):
 ])  # fmt: skip
 def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("notes.txt", TEXT), ("rows.jsonl", "{}"), ("empty.txt", "")):
+    for name, content in (("notes.txt", TEXT), ("empty.txt", "")):
         (tmp_path / name).write_text(content)
     save(tmp_path / "small")
     code, _, _ = run(capfd, f"--out_dir={out_dir}", *flags)
@@ -344,7 +340,6 @@ def test_errors(capfd, tmp_path, out_dir, monkeypatch, flags, message):
 
 @pytest.mark.parametrize("flags, message", [
     (["--text=a", "--items=b"], "--text and --items are both given"),
-    (["--limit=0"], "limit is 0: it must be a whole number from 1"),
     (["--init_from=wheel", "--base=base"], "--base=base is for LoRA adapters"),
 ])  # fmt: skip
 def test_wrong_commands(capfd, flags, message):

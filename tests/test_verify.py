@@ -45,12 +45,6 @@ def names(rows, result):
     return [name for name, row in rows.items() if row.result == result]
 
 
-def number(row):
-    """Return the first number of a measurement, 0 for "identical"."""
-    words = row.measured.replace("identical", "0").replace(",", " ").split()
-    return float(next(word for word in words if word[0].isdigit()))
-
-
 def write_folder(path, config, tensors):
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config_to_json(config)))
@@ -84,8 +78,6 @@ def test_the_real_weights(run):
         "biases": "0", "head": "no lm_head", "greedy text, 8 tokens": "the first 8 match",
     }.items():  # fmt: skip
         assert rows[name].measured == measured
-    for name in ("rope_theta 10,000", "interleaved RoPE", "tiled KV heads", "GELU for SiLU"):
-        assert number(rows[name]) > 10 * 5e-4
 
 
 def test_a_wrong_model_py_is_caught(run, small_model, monkeypatch):
@@ -167,8 +159,6 @@ def test_folders_that_transformers_wrote(run, tmp_path, changes):
     assert (len(list(folder.glob("*.safetensors"))) > 1) == bool(shards)
     failed, out, rows = run(init_from=folder, tokens=512)
     assert not failed and "on 512 random ids" in out, out
-    assert number(rows["logits at all 512 positions"]) < 1e-4
-    assert number(rows["cached decoding from position 496"]) < 1e-4
     assert rows["greedy text, 16 tokens"].result == rows["every value, bit for bit"].result == "✓"
     grouped = 1 < model.config.num_key_value_heads < model.config.num_attention_heads
     assert (rows["tiled KV heads"].result == "skipped") == (not grouped)
@@ -260,21 +250,18 @@ def test_a_copy_with_a_different_config(run, small_model, tmp_path):
 
 def test_a_fault_in_a_gguf_or_a_checkpoint(run, small_model, tmp_path):
     config, tensors, reference = small_model
-    changed = tensors | {UP: one_value(tensors[UP], 0.5)}
-    copy = write_gguf(tmp_path / "copy.gguf", build(config, changed), "Q4_1")
-    failed, out, _ = run(init_from=copy, against=reference)
-    assert failed and f"{UP}: " in out
-    changed = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
-    copy = write_gguf(tmp_path / "flipped.gguf", build(config, changed), "Q4_1")
-    failed, out, rows = run(init_from=copy, against=reference)
-    assert failed and "argmax token" in names(rows, "✗"), out
-    extra = [("blk.2.attn_q.bias", torch.zeros(576))]
-    copy = write_gguf(tmp_path / "bias.gguf", build(config, tensors), extra=extra)
-    failed, out, _ = run(init_from=copy, against=reference)
-    assert failed and "not part of the model: blk.2.attn_q.bias" in out
+    changed = build(config, tensors | {UP: one_value(tensors[UP], 0.5)})
+    flipped = build(config, {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()})
+    bias = [("blk.2.attn_q.bias", torch.zeros(576))]
     save_checkpoint(tmp_path, build(config, tensors | {Q: one_value(tensors[Q].float(), 1e-6)}))
-    failed, out, _ = run(init_from=tmp_path / "ckpt.pt", against=reference)
-    assert failed and ONE in out
+    for copy, named in (
+        (write_gguf(tmp_path / "copy.gguf", changed, "Q4_1"), f"{UP}: "),
+        (write_gguf(tmp_path / "flipped.gguf", flipped, "Q4_1"), "✗        argmax token"),
+        (write_gguf(tmp_path / "bias.gguf", build(config, tensors), extra=bias), "not part of the model: blk.2"),
+        (tmp_path / "ckpt.pt", ONE),
+    ):
+        failed, out, _ = run(init_from=copy, against=reference)
+        assert failed and named in out, out
 
 
 def test_the_full_model_with_one_value_changed(run, real_model, tmp_path):
