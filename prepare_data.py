@@ -41,7 +41,8 @@ from configurator import check_used, configure, reject
 import numpy as np
 from tqdm import tqdm
 
-from lib.conversations import encode_conversation, keep_learnable, pack_rows, write_rows
+from lib.chat import chat_ids
+from lib.conversations import Encoded, keep_learnable, pack_rows, write_rows
 from lib.dataset import read_tokenized
 from lib.errors import check, one_line_errors, usable
 from lib.files import lock_folder, put_in_place, sha256_of, write_atomically
@@ -207,15 +208,16 @@ def bundle_pieces(stream):
 
 
 def encode_bundle(encoding, bundle):
-    """Encode a list of pieces as {split: (bytes for the .bin, number of documents, bytes of text, odd text)}."""
+    """Encode a list of pieces as {split: (bytes for the .bin, their counts, counts of odd text)}."""
     encoded = {}
     for split in {split for split, _ in bundle}:
         pieces = [text for name, text in bundle if name == split]
-        ids = [[END_OF_TEXT] if text is None else encode_array(encoding, text) for text in pieces]
+        ids = np.concatenate([[END_OF_TEXT] if text is None else encode_array(encoding, text) for text in pieces])
         contents = [text.encode() for text in pieces if text is not None]
         odd = count_odd_text(b"\n".join(contents))
         size = sum(map(len, contents)) - odd["no_token"]
-        encoded[split] = np.concatenate(ids).astype("<u2").tobytes(), pieces.count(None), size, odd
+        counts = dict(tokens=len(ids), bytes=size, documents=pieces.count(None))
+        encoded[split] = ids.astype("<u2").tobytes(), counts, odd
     return encoded
 
 
@@ -235,24 +237,22 @@ def map_on_all_cores(function, items):
 def write_text(files, stream, config, encoding, sources):
     """Write documents of text to train.bin and val.bin, which are open in `files`. Return {split: counts}."""
     bundles = bundle_pieces(cut_documents(stream, config.val_fraction))
-    counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}
+    counts = {split: collections.Counter() for split in ("train", "val")}
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
         for encoded in map_on_all_cores(lambda bundle: encode_bundle(encoding, bundle), bundles):
-            for split, (content, documents, size, odd) in encoded.items():
+            for split, (content, added, odd) in encoded.items():
                 for name, count in odd.items():
                     sources[name] += count
                 files[f"{split}.bin"].write(content)
-                counts[split]["tokens"] += len(content) // 2
-                counts[split]["bytes"] += size
-                counts[split]["documents"] += documents
-                bar.update(size)
+                counts[split].update(added)
+                bar.update(added["bytes"])
     return counts
 
 
 def write_conversations(files, stream, config, encoding, sources):
     """Write conversations to `files` as rows of block_size + 1 ids, and their masks. Return {split: counts}."""
     length = config.block_size + 1
-    encoded = map_on_all_cores(lambda document: encode_conversation(encoding, document), stream)
+    encoded = map_on_all_cores(lambda one: Encoded(one.sha256, *chat_ids(encoding, one.messages)), stream)
     learnable = keep_learnable(encoded, length, sources)
     learnable, val_fraction, is_single = split_by_hash(learnable, config.val_fraction)
     check(not is_single, f"{config.dataset}: holds a single conversation, which is not cut in two: add one for val")

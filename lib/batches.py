@@ -60,9 +60,8 @@ def count_targets(y):
 
 def permute(i, n, key):
     """
-    Return element i of a random permutation of range(n), computed rather than stored: a trillion blocks open as fast
-    as ten. A Feistel cipher permutes range(4^k), the smallest that holds n; results >= n are permuted again
-    (cycle walking).
+    Return element i of a random permutation of range(n). A Feistel cipher permutes range(4^k), the smallest that holds
+    n; results >= n are permuted again (cycle walking).
     """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:

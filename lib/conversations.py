@@ -1,5 +1,5 @@
 """
-Encode conversations, and pack them into rows of one length, which train.py reads as blocks.
+Pack encoded conversations into rows of one length, which train.py reads as blocks.
 
 A conversation is never split over two rows. As in plain text, a token sees everything before it in its block.
 """
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lib.chat import chat_ids
 from lib.tokenizer import VOCAB_SIZE, token_sizes
 
 MAX_OPEN_ROWS = 64  # more rows, less padding: 8 leave 4.4% in python_chat, 64 leave 3.1%, 256 the same
@@ -17,24 +16,18 @@ MAX_OPEN_ROWS = 64  # more rows, less padding: 8 leave 4.4% in python_chat, 64 l
 
 class Encoded(NamedTuple):
     sha256: bytes  # hash of its messages
-    ids: np.ndarray  # (N,) uint16
-    mask: np.ndarray  # (N,) uint8: 1 if the id is to be learned
-
-
-def encode_conversation(encoding, document):
-    """Return a Document with messages as an Encoded."""
-    ids, mask = chat_ids(encoding, document.messages)
-    return Encoded(document.sha256, np.array(ids, "<u2"), np.array(mask, np.uint8))
+    ids: list  # of int
+    mask: list  # of int: 1 if the id is to be learned
 
 
 def keep_learnable(conversations, length, sources):
     """Yield the Encoded with something to learn in their first `length` ids, and count the others in `sources`."""
     sources |= {"without_an_answer": 0, "cut_before_the_answer": 0}
     for conversation in conversations:
-        if conversation.mask[:length].any():
+        if any(conversation.mask[:length]):
             yield conversation
         else:
-            sources["cut_before_the_answer" if conversation.mask.any() else "without_an_answer"] += 1
+            sources["cut_before_the_answer" if any(conversation.mask) else "without_an_answer"] += 1
 
 
 def pack_rows(conversations, length):
@@ -62,8 +55,8 @@ def write_rows(files, rows, length, encoding):
     counts = {split: dict.fromkeys(names, 0) for split in ("train", "val")}
     for split, conversations in tqdm(rows, unit=" rows", disable=None):  # shown on a terminal only
         conversations.sort(key=lambda conversation: conversation.sha256)  # first fit puts long ones first
-        ids = np.concatenate([conversation.ids for conversation in conversations])[:length]
-        mask = np.concatenate([conversation.mask for conversation in conversations])[:length]
+        ids = np.concatenate([conversation.ids for conversation in conversations])[:length].astype("<u2")
+        mask = np.concatenate([conversation.mask for conversation in conversations])[:length].astype(np.uint8)
         mask[0] = 0  # the first id of a block is never a target
         padding = length - len(ids)
         files[f"{split}.bin"].write(ids.tobytes() + bytes(2 * padding))

@@ -10,7 +10,6 @@ import functools
 import re
 
 import gguf
-import numpy as np
 import torch
 
 from lib.errors import check, usable
@@ -129,26 +128,21 @@ def write_gguf(path, config, tensors, kind, tokenizer, special_ids, chat_templat
     for key, value in header.items():
         getattr(writer, f"add_{key}")(value)
 
-    kinds = {name: gguf.GGMLQuantizationType[kind if t.dim() == 2 else "F32"] for name, t in tensors.items()}
-    names = {release: llama_cpp for llama_cpp, release in RELEASE_NAMES.items()}
-    for name, tensor in tensors.items():  # the header, which comes first, has the offset of each tensor
-        number, part = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
-        stored = f"blk.{number}.{names[part]}.weight" if number else f"{names[part]}.weight"
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[name]]
-        width = tensor.shape[-1]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in tensors.items():
+        stored = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
+        width, block = tensor.shape[-1], gguf.GGML_QUANT_SIZES[stored][0]
         fault = f"{name} has rows of {width} values, but {kind} stores {block} at a time"
         check(width % block == 0, f"{fault}: write F32, F16 or BF16")
-        size = tensor.numel() // block * block_bytes
-        writer.add_tensor_info(stored, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+        if ".q_proj." in name or ".k_proj." in name:
+            # undo deinterleave
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        values = gguf.quantize(tensor.float().contiguous().numpy(), stored)
+        writer.add_tensor(names.get_name(name, [".weight"]), values, raw_dtype=stored)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in tensors.items():
-            if ".q_proj." in name or ".k_proj." in name:
-                # undo deinterleave
-                tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-            writer.write_tensor_data(gguf.quantize(tensor.float().contiguous().numpy(), kinds[name]))
+        writer.write_tensors_to_file()
     finally:
         writer.close()
 

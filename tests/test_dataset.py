@@ -77,15 +77,6 @@ def test_several_files_are_sliced_like_one_array(sizes, ends, tmp_path_factory):
     assert len(ids) == len(array) and part.dtype == np.uint16 and part.tolist() == array[slice(*ends)].tolist()
 
 
-def test_one_file_and_several_give_the_same_batches(tmp_path):
-    ids = np.random.default_rng(0).integers(0, 50, 500).tolist()
-    write_dataset(tmp_path / "one", ids)
-    write_files(tmp_path / "several", [ids[:7], ids[7:300], ids[300:]])
-    (a, *_), (b, *_) = (open_small(tmp_path, name) for name in ("one", "several"))
-    for first in range(0, 200, 20):
-        assert torch.equal(*(torch.stack(get_blocks(data.ids, first, 20, 8, 7)) for data in (a, b)))
-
-
 def test_a_file_that_is_lost_while_training_gets_one_line(tmp_path):
     write_files(tmp_path / "notes", [[7] * 20, [8] * 20])
     ids = open_small(tmp_path)[0].ids
@@ -173,6 +164,7 @@ def test_datatrove_s_files_are_a_dataset(tokenized, encoding, tmp_path, monkeypa
     assert "val: the last 1 of 3 files" in capsys.readouterr().out
     assert not list(Path("data/theirs").glob("*.bin"))  # the ids stay where they are
     train, val, meta = open_data("theirs", 49_152, 16)
+    assert torch.equal(*(get_blocks(ids, 3, 99, 16, 7)[0] for ids in (train.ids, train.ids[:])))
     for split, data, part in (("train", train, STORIES[:160]), ("val", val, STORIES[160:])):
         assert data.ids[:].tolist() == [i for text in part for i in [*encode(encoding, text), 0]]
         assert meta[split]["documents"] == len(part) and meta[split]["tokens"] == len(data.ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.files import lock_folder, write_atomically
+from lib.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,9 +77,3 @@ def test_a_folder_has_one_writer(tmp_path):
         assert third.stdout.readline() == "mine\n"
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "notes.tmp"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.tmp"]
-
-
-def test_an_empty_folder_is_removed(tmp_path):
-    with pytest.raises(SystemExit), lock_folder(tmp_path / "out", "out_dir"):
-        sys.exit("error: no data")
-    assert list(tmp_path.iterdir()) == []

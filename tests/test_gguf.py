@@ -1,7 +1,6 @@
 """lib/gguf.py: a GGUF file and a folder of one model agree; the wheel's row order is undone; bad files are refused."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import gguf
 import pytest
@@ -15,25 +14,17 @@ from lib.weights import find_weights
 from model import ModelConfig
 
 
-@pytest.mark.parametrize("kind, tolerance", [("F32", 0), ("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", None)])
-def test_gguf_and_safetensors_of_one_model_agree(kind, tolerance, tmp_path):
+def test_gguf_and_safetensors_of_one_model_agree(tmp_path):
     model = llama()
     folder = find_weights(str(save(tmp_path / "folder", model)))
-    file = find_weights(write_gguf(tmp_path / "file.gguf", model, kind))
+    file = find_weights(write_gguf(tmp_path / "file.gguf", model))
     assert file.source == "file" and list(file.files) == ["file.gguf"]
     ours, expected = file.config, folder.config
     assert asdict(ours) | {"initializer_range": 0} == asdict(expected) | {"initializer_range": 0}
     tensors, exact = file.read(), folder.read()
     assert tensors.keys() == exact.keys()
-    for name, tensor in tensors.items():
-        if tolerance is None and tensor.dim() == 2:  # Q8_0: steps of a 127th of the largest of 32 neighbours
-            step = exact[name].unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
-            difference = (tensor - exact[name]).unflatten(-1, (-1, 32)).abs()
-            assert (difference <= 0.6 * step).all(), name  # half a step, and the step itself is fp16
-        else:
-            torch.testing.assert_close(tensor, exact[name], rtol=tolerance or 0, atol=1e-7 if tolerance else 0)
-    if kind == "F32":
-        assert_same_logits(file, model)
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in tensors.items())
+    assert_same_logits(file, model)
 
 
 def test_the_wheel_is_smollm2_and_its_row_order_is_undone(release, real_model, real_ids):
@@ -92,13 +83,6 @@ def test_rows_that_no_block_fits_get_one_line(tmp_path):
     message = refusal(gguf_py.write_gguf, str(tmp_path / "a.gguf"), *args)
     assert "model.embed_tokens.weight has rows of 40 values, but Q8_0 stores 32 at a time" in message
     assert not list(tmp_path.iterdir())
-
-
-def test_a_truncated_gguf_gets_one_line(tmp_path):
-    content = Path(write_gguf(tmp_path / "a.gguf", llama())).read_bytes()
-    for size in (0, 3, 50, 400, 2_000, *(int(part * len(content)) for part in (0.3, 0.9, 0.999))):
-        (tmp_path / f"cut{size}.gguf").write_bytes(content[:size])
-        assert f"cut{size}.gguf" in refusal(load, tmp_path / f"cut{size}.gguf")
 
 
 @pytest.mark.parametrize("changes, words", [

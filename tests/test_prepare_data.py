@@ -331,14 +331,13 @@ def test_a_second_run_into_the_same_name_is_refused(place, capsys):
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # some file systems report it only when a file is flushed
-FAILURES = [  # (chat, nth flush or rename, error, exit code, the last line)
+
+
+@pytest.mark.parametrize("chat, nth, error, code, line", [  # nth flush or rename
     (False, 1, FULL, 1, r"error: data.in: No space left on device: the disk is full: free some space, .*"),
     (True, 5, FULL, 1, r"error: data.in: No space left on device: the disk is full: free some space, .*"),
     (False, 3, KeyboardInterrupt(), 130, r"interrupted before data.in was complete: run the same command again"),
-]
-
-
-@pytest.mark.parametrize("chat, nth, error, code, line", FAILURES)
+])  # fmt: skip
 def test_a_failed_run_leaves_the_earlier_dataset_untouched(place, monkeypatch, capsys, chat, nth, error, code, line):
     def fail():
         raise error
@@ -352,11 +351,17 @@ def test_a_failed_run_leaves_the_earlier_dataset_untouched(place, monkeypatch, c
 
 
 def a_conversation(i):
-    """Return one of 30 to 150 tokens. Every fifth has two turns, every eleventh is longer than a row of 201 ids."""
+    """
+    Return one of 30 to 150 tokens. Every fifth has two turns, and of every tenth the first answer is not learned. Every
+    eleventh is longer than a row of 201 ids.
+    """
     turns = [("user", f"What is {i} + {i}?  Say it in é."), ("assistant", f"It is {2 * i}." + " Really." * (i % 7))]
     turns += [("user", "Sure?"), ("assistant", "é" * (i % 3) + "\nYes 😀")] if i % 5 == 0 else []
     turns += [("user", "Go on."), ("assistant", "on and on " * 60)] if i % 11 == 0 else []
-    return say(*turns)
+    messages = say(*turns)
+    if i % 10 == 0:
+        messages[1]["weight"] = 0
+    return messages
 
 
 CHATS = [a_conversation(i) for i in range(80)]
@@ -417,18 +422,6 @@ def test_conversations(place, encoding, capsys):
     ):  # fmt: skip
         assert f"note: {note}\n" in output
     assert "train with --block_size=200\n" in output
-
-
-def test_messages_that_are_not_learned(place, encoding):
-    """Of 80 conversations with two answers, the first of each is not learned, but it is hashed."""
-    chats = [say(("user", f"{i}?"), ("assistant", "no"), ("user", "?"), ("assistant", f"{i}!")) for i in range(80)]
-    chats = [[one | ({"weight": 0} if one["content"] == "no" else {}) for one in chat] for chat in chats]
-    prepare(f"--dataset={write_chats(chats)}")
-    _, splits = load_chats("data/in", 512)
-    assert len(splits["val"]) == sum(in_val(json.dumps(chat)) for chat in chats)
-    for ids, mask in splits["train"] + splits["val"]:
-        learned = encoding.decode([id for id, one in zip(ids, mask, strict=True) if one])
-        assert re.fullmatch(r"\d+!<\|im_end\|>", learned) and encoding.decode(ids).count("no<|im_end|>") == 1
 
 
 def test_a_row_begins_with_any_of_its_conversations(place, encoding):

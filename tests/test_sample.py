@@ -244,13 +244,12 @@ def test_a_checkpoint(capfd, out_dir):
     (["--prompt=" + 40 * "one "], r"the prompt has \d+ tokens, but the context only 32: shorten the prompt"),
     (["--prompt=@no.txt"], r"no.txt cannot be used \(No such file"),
     (["--prompt=@latin.txt"], r"latin.txt cannot be used \('utf-8' codec can't decode .*: .* in UTF-8"),
-    (["--init_from=bsae"], "did you mean base"),
     (["--device=cuda:9"], "device cuda:9 cannot be used"),
 ])  # fmt: skip
 def test_errors(capfd, out_dir, flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("latin.txt").write_bytes(b"\xff\xfe")
-    code, _, _ = run(capfd, *flags if "--init_from=bsae" in flags else [f"--out_dir={out_dir}", *flags])
+    code, _, _ = run(capfd, f"--out_dir={out_dir}", *flags)
     assert re.match("error: ", code) and re.search(message, code) and "\n" not in code
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import importlib
 import json
-import sysconfig
-from pathlib import Path
 from configurator import configure
 
 import pytest
@@ -36,8 +34,9 @@ DROPPED = dict.fromkeys(NO_TOKEN[:6])  # the control characters without a token
 @pytest.fixture(scope="session")
 def hf_ids(hf_tokenizer):
     """Return a function: texts -> ids from `tokenizers`, with the names of special tokens as ordinary text."""
-    hf_tokenizer.encode_special_tokens = True
-    return lambda texts: [e.ids for e in hf_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    copy = type(hf_tokenizer).from_str(hf_tokenizer.to_str())  # other tests use the original
+    copy.encode_special_tokens = True
+    return lambda texts: [e.ids for e in copy.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 characters = st.characters(exclude_categories=["Cs"])  # without halves of surrogate pairs
@@ -62,14 +61,6 @@ def test_every_character(encoding, hf_ids):
         texts = ["".join(f" {c}a\n{c}1" for c in characters[i : i + 64]) for i in range(0, len(characters), 64)]
         for text, ids in zip(texts, hf_ids(texts), strict=True):
             assert encode(encoding, text) == ids, f"from U+{ord(text[1]):04X}"
-
-
-def test_the_standard_library(encoding, hf_ids):
-    paths = [path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in path.parts]
-    assert len(paths) > 500
-    for path in paths:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        assert encode(encoding, text) == hf_ids([text])[0], path
 
 
 def test_decoding_gives_the_text_back(encoding, hf_tokenizer, real_ids):
@@ -106,7 +97,7 @@ def test_names_of_special_tokens_and_halves_of_surrogate_pairs_are_text(encoding
     text = "one<|endoftext|>two<|im_start|>user\n<filename>a.py<|im_end|>"
     ids = encode(encoding, text)
     assert END_OF_TEXT not in ids and min(ids) > 16 and encoding.decode(ids) == text
-    as_special = type(hf_tokenizer).from_str(hf_tokenizer.to_str()).encode(text).ids
+    as_special = hf_tokenizer.encode(text).ids
     assert encoding.encode(text, allowed_special="all") == as_special and {0, 1, 2} < set(as_special)
     assert [encode(encoding, "caf\udce9 1")] == hf_ids(["caf? 1"])  # Python's reading of an argument that is not UTF-8
 
@@ -117,12 +108,6 @@ def test_long_runs_of_white_space(run, encoding, hf_ids):
     texts += [run * (1_100_000 // len(run)) + "x"]  # too long for tiktoken itself
     for text, ids in zip(texts, hf_ids(texts), strict=True):
         assert encode(encoding, text) == ids, len(text)
-
-
-def test_a_tokenizer_saved_by_a_different_tool_is_accepted(encoding, hf_tokenizer, tmp_path):
-    hf_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    other = load_tokenizer(str(tmp_path))
-    assert other._mergeable_ranks == encoding._mergeable_ranks and other._special_tokens == encoding._special_tokens
 
 
 def change(*path):
@@ -165,13 +150,14 @@ def test_a_different_tokenizer_gets_one_line(damage, words, tmp_path):
     assert words in refusal(load_tokenizer, tmp_path)
 
 
-def test_a_tokenizer_may_add_tokens(encoding, tmp_path):
+def test_a_tokenizer_may_be_saved_by_a_different_tool_and_add_tokens(encoding, hf_tokenizer, tmp_path):
     """As transformers does for <pad>. The bytes without a token get higher ids."""
-    content = json.loads(tokenizer_json()[0])
+    content = json.loads(hf_tokenizer.to_str())
+    assert content["model"]["merges"] != json.loads(tokenizer_json()[0])["model"]["merges"]  # pairs, not strings
     content["added_tokens"].append(PAD)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     other = load_tokenizer(tmp_path)
-    assert other.decode([VOCAB_SIZE]) == "<pad>" and other.encode_single_token("<pad>") == VOCAB_SIZE
+    assert other._special_tokens == encoding._special_tokens | {"<pad>": VOCAB_SIZE}
     assert encode(other, "a <pad>\x04 1") == encode(encoding, "a <pad>\x04 1")
 
 

@@ -13,8 +13,7 @@ import peft
 import pytest
 import torch
 from networks import assert_same_logits, llama, load, refusal, save, save_checkpoint, write_gguf
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_file
 from spoil import spoil
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.fsdp._common_utils import FSDP_PREFIX, clean_tensor_name
@@ -120,14 +119,6 @@ def write_shards(folder):
     return folder
 
 
-def use_save_model(folder):
-    """Let safetensors store one of two tied tensors, and name the other in its header."""
-    save_model(llama(seed=4), str(folder / "model.safetensors"))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"model.embed_tokens.weight": "lm_head.weight"}
-    return folder
-
-
 def add_wrappers(folder):
     """Add the prefixes of a compiled layer, FSDP and checkpointing, and RoPE's frequencies."""
     network = llama(seed=4)
@@ -181,7 +172,7 @@ def only(make):
 
 FORMATS = {  # format: (a function that makes it from a folder and returns the path to pass, words in `about`)
     "pytorch_model.bin": (lambda f: move("pytorch_model.bin")(f).parent, "pytorch_model.bin: sha256"),
-    "safetensors' save_model": (use_save_model, "model.safetensors: sha256"),
+    "only a head": (change(lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})), "from folder"),
     "wrapped": (add_wrappers, "pytorch_model.bin: sha256"),
     "shards": (write_shards, "pytorch_model-00002-of-00002.bin: sha256"),
     "a .bin, named": (move("any.bin", "module._orig_mod."), "from file"),
@@ -313,6 +304,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:80521b40\nsiz
 DAMAGE = {  # damage: (a function that damages the folder and may return a path to pass instead, words in the error)
     "no config": (lambda f: (f / "config.json").unlink(), "holds no weights"),
     "cut in its tensors": (lambda f: os.truncate(f / "model.safetensors", 90_000), "model.safetensors cannot be used"),
+    "a GGUF cut in its header": (lambda f: [p := gguf("a.gguf")(f), os.truncate(p, 400)][0], "a.gguf cannot be used"),
+    "a GGUF cut in its tensors": (lambda f: [p := gguf("a")(f), os.truncate(p, 90_000)][0], "a cannot be used"),
     "deep config": (lambda f: write("config.json", b"[" * 100_000)(f).parent, "config.json"),
     "mlp bias": (edit(mlp_bias=True), "mlp_bias = True"),
     "gelu": (edit(hidden_act="gelu\nb"), "hidden_act = 'gelu\\nb'"),
