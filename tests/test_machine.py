@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,8 @@ def test_memory_is_kept():
 
 def test_compiled_gradients_are_checked(monkeypatch):
     """The compiler here is right at the shape where GCC 12 was wrong. An attention compiled wrongly is noticed."""
-    config = TrainConfig(batch_size=4, block_size=128)
+    config = TrainConfig(batch_size=4, block_size=128, vocab_size=1_024)
+    torch.compiler.reset()  # forget the shapes of other tests: these are compiled once on a machine, then cached
     with autocast("cpu", "bfloat16"):
         check_compiled(config)
     attend = model_py.attend
@@ -146,7 +148,8 @@ def test_compiled_gradients_are_checked(monkeypatch):
         return attend(q, k * torch.nan if torch.compiler.is_compiling() else k, v)
 
     monkeypatch.setattr(model_py, "attend", wrong)
-    torch.compiler.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(model_py, "compile_softmax_loss", lambda: model_py.softmax_loss)
     with pytest.raises(ArithmeticError, match="wrong gradients, by nan"):
         check_compiled(config)
     torch.compiler.reset()

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import model as model_py
-from model import PRESETS, KVCache, ModelConfig, SmolLM2, cross_entropy, parameter_table, sample_ids, sampling_probs
+from model import KVCache, ModelConfig, SmolLM2, cross_entropy, sample_ids, sampling_probs
 
 SMALL = ModelConfig(
     vocab_size=256, hidden_size=72, intermediate_size=96, num_hidden_layers=3, num_attention_heads=9,
@@ -76,43 +76,6 @@ def test_logits_and_gradients_are_those_of_transformers(shape, T):
         assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
 
 
-def interleaved(reference, config):
-    """Reorder q and k rows: RoPE's pairs are adjacent in the original weights."""
-    for layer in reference.model.layers:
-        for p in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
-            p.data = p.data.view(-1, config.head_dim // 2, 2, p.shape[1]).transpose(1, 2).reshape(p.shape)
-
-
-def tiled(reference, config):
-    """Reorder query heads: in the original weights, head h reads KV head h % K."""
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    order = torch.arange(H).view(H // K, K).T.flatten()
-    for layer in reference.model.layers:
-        q, o = layer.self_attn.q_proj.weight, layer.self_attn.o_proj.weight
-        q.data = q.data.view(H, D, -1)[order].reshape(q.shape)
-        o.data = o.data.view(-1, H, D)[:, order].reshape(o.shape)
-
-
-MUTANTS = {
-    "theta 10,000": dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
-    "GELU": dict(hidden_act="gelu"),
-    "interleaved RoPE": interleaved,
-    "tiled KV heads": tiled,
-}
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_model_with_the_same_weights_differs(mutant):
-    """The comparison above can fail: each mistake moves the logits by far more than 1e-4."""
-    change = MUTANTS[mutant]
-    reference = randomize(llama(SMALL, **(change if isinstance(change, dict) else {})))
-    model = build_ours(SMALL, reference)
-    if callable(change):
-        change(reference, SMALL)
-    with torch.no_grad():
-        assert (model(ids(1, 512)) - reference(ids(1, 512)).logits).abs().max() > 5e-3
-
-
 @pytest.fixture(scope="module")
 def real_reference(real_model):
     reference = llama(real_model.config)
@@ -127,25 +90,6 @@ def test_real_weights_on_real_text(real_model, real_reference, real_ids):
     assert F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()) < 3.5  # it can read English
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
-
-
-def test_targets_of_minus_one_are_ignored():
-    torch.manual_seed(0)
-    model = SmolLM2(SMALL)
-    idx, targets = torch.randint(256, (3, 40)), torch.randint(256, (3, 40))
-    targets[torch.rand(3, 40) < 0.7] = -1
-    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
-    grads = torch.autograd.grad(expected, list(model.parameters()))
-    loss = model(idx, targets)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4)
-
-    model.zero_grad()
-    loss = model(idx, torch.full_like(targets, -1))
-    loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_bfloat16_autocast_is_close_to_fp32(real_model, real_ids):
@@ -166,13 +110,6 @@ def test_state_dict_has_the_names_and_shapes_of_the_release():
     expected = {name: p.shape for name, p in reference.state_dict().items() if name != "lm_head.weight"}
     assert shapes == expected and len(shapes) == 272
 
-    model = SmolLM2(SMALL)
-    tensors = model.state_dict()
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
-
 
 def test_initial_weights():
     torch.manual_seed(0)
@@ -181,13 +118,6 @@ def test_initial_weights():
             assert (p == 1).all(), name
         else:
             assert abs(p.std().item() * 24 - 1) < 0.05 and abs(p.mean().item()) < 2e-3, name
-
-
-def test_parameter_table():
-    table = parameter_table(PRESETS["135M"])
-    for number in "134,515,008 28,311,552 3,540,096 884,736 2,654,208 331,776 110,592 106,202,880 538 269".split():
-        assert number in table, number
-    assert "361,821,120" in parameter_table(PRESETS["360M"]) and "1,711,376,384" in parameter_table(PRESETS["1.7B"])
 
 
 def test_impossible_shapes_raise_value_error():
@@ -425,15 +355,15 @@ def test_compiled_attention_in_bf16_is_that_of_torch(monkeypatch, T, amx):
         assert (a - b).norm() < 1e-2 * b.norm()
 
 
+@torch.no_grad()
 def test_compiled_decoding_is_eager_decoding():
     """The compiled model has its own matmuls for one token in one row; two rows use a library's."""
     torch.manual_seed(0)
     model = SmolLM2(SMALL)
-    eager = [generate(model, ids(B, 9), 30, temperature=0) for B in (1, 2)]
+    eager = [model(ids(B, 9)) for B in (1, 2)]
     model.compile()
     for B, expected in zip((1, 2), eager, strict=True):
-        assert torch.equal(generate(model, ids(B, 9), 30, temperature=0), expected)
         caches = [KVCache(9) for _ in model.model.layers]
-        expected = model.hidden(ids(B, 9))
-        parts = [model.hidden(ids(B, 9)[:, t : t + 1], caches) for t in range(9)]
-        assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-5)
+        parts = [model.hidden(part, caches) for part in ids(B, 9).split([5, 1, 1, 1, 1], dim=1)]
+        logits = torch.stack([model.head(x[:, -1]) for x in parts], dim=1)
+        assert torch.allclose(logits, expected[:, 4:], atol=1e-5)

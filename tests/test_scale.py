@@ -1,5 +1,6 @@
 """docs/scale.md: its commands train the published sizes, its table is its formula, torch counts the same FLOPs."""
 
+import functools
 import re
 import shlex
 from dataclasses import replace
@@ -25,10 +26,12 @@ RECIPES = {  # text/pretraining/smollm2/config_smollm2_*.yaml in huggingface/smo
 }
 
 
-def shapes(config):
-    """The network of a config, without memory for its weights."""
+@functools.cache
+def build(config):
+    """The network of a config, without memory for its weights, and their number."""
     with torch.device("meta"):
-        return SmolLM2(config)
+        model = SmolLM2(config)
+    return model, sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name, command", [*zip(["135M"] * 3 + ["360M", "1.7B"], COMMANDS, strict=True)])
@@ -36,7 +39,7 @@ def test_the_commands_are_the_published_recipes(name, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     config = configure(TrainConfig, words[words.index("train.py") + 1 :])
-    assert sum(p.numel() for p in shapes(config).parameters()) == COUNTS[name]
+    assert build(config)[1] == build(PRESETS[name])[1] == COUNTS[name]
     sequences = config.batch_size * config.gradient_accumulation_steps
     numbers = vars(config) | {"tokens": sequences * config.block_size}
     assert {key: numbers[key] for key in RECIPES[name]} == RECIPES[name]
@@ -51,7 +54,7 @@ def memory(net, batch_size, R, checkpointing=False):
     """The formula of the page: bytes in one of R processes that share the weights."""
     C, H, D, K = net.hidden_size, net.num_attention_heads, net.head_dim, net.num_key_value_heads
     I, L, V, n = net.intermediate_size, net.num_hidden_layers, net.vocab_size, 2_048 * batch_size  # noqa: E741
-    N = sum(p.numel() for p in shapes(net).parameters())
+    N = build(net)[1]
     s = 10 * C + 6 * H * D + 4 * K * D + 4 * H + 6 * I + 8
     state = 18 * N if R == 1 else 16 * N / R + 4 * V * C + 8 * (N - V * C) / L
     blocks = 4 * C * L + s if checkpointing else L * s
@@ -74,11 +77,10 @@ def test_the_table_is_the_formula():
 @pytest.mark.parametrize("name", PRESETS)
 def test_flops_are_those_that_torch_counts(name):
     net, T = replace(PRESETS[name], num_hidden_layers=2), 2_048
-    model = shapes(net)
+    model, N = build(net)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, T, dtype=torch.int64, device="meta")).sum().backward()
     counted = {str(op): flops / T for op, flops in counter.get_flop_counts()["Global"].items()}
-    N = sum(p.numel() for p in model.parameters())
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # 6 N counts them too: no product, and few
     weights, attention = flops_per_token(net, N, T)
     assert counted == {"aten.mm": weights - 6 * norms, "aten.bmm": 2 * attention}  # bmm has the masked half as well

@@ -3,11 +3,12 @@
 import contextlib
 import csv
 import dataclasses
-import hashlib
+import functools
 import io
 import json
 import math
 import os
+import pydoc_data.topics
 import re
 import shutil
 import signal
@@ -19,14 +20,15 @@ from configurator import configure
 import numpy as np
 import pytest
 import torch
-from exact_train import pick_matmul
+from exact_train import flatten, list_differing, pick_matmul
 from networks import write_dataset
 
 import resume_test
 import train
 from lib.batches import get_blocks, mix
-from lib.checkpoint import read_checkpoint, write_checkpoint
+from lib.checkpoint import write_checkpoint
 from lib.optimizer import get_lr
+from lib.tokenizer import load_tokenizer
 from resume_test import ResumeTestConfig
 from train import TrainConfig, saved_settings
 
@@ -36,33 +38,29 @@ TINY = [
     "--num_key_value_heads=1", "--head_dim=16", "--max_position_embeddings=64", "--batch_size=4", "--block_size=16",
     "--learning_rate=0.01", "--warmup_iters=3", "--lr_decay_iters=12", "--max_iters=12", "--log_interval=1",
     "--eval_interval=4", "--eval_iters=2", "--sample_interval=0", "--dtype=float32", "--device=cpu",
+    "--vocab_size=256",
 ]  # fmt: skip
 RESUME = ["--init_from=resume", "--max_iters=12"]
+SAMPLES = "--vocab_size=49152"  # what the tokenizer needs
+load_tokenizer_once = functools.cache(load_tokenizer)  # it takes 3 s
+TEXT = list("\n".join(pydoc_data.topics.topics.values()).encode()[:4000])
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, real_ids):
-    """A folder to run in, with real text: data/text, 3,000 tokens and 500 to evaluate on, and data/short, 210."""
-    write_data(tmp_path / "data/text", real_ids[:3000], real_ids[3000:3500])
-    write_data(tmp_path / "data/short", real_ids[:210], real_ids[3000:3500])
+def place(tmp_path, monkeypatch):
+    """A folder to run in, with the bytes of a text: data/text, 3,000 and 500 to evaluate on, and data/short, 210."""
+    for name, train_ids in (("text", TEXT[:3000]), ("short", TEXT[:210])):
+        write_dataset(tmp_path / "data" / name, train_ids, TEXT[3000:3500], vocab_size=256)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lib.processes.pick_matmul", pick_matmul)
+    monkeypatch.setattr("lib.evaluation.load_tokenizer", load_tokenizer_once)
+    # a picture takes longer than the iterations between two of them
+    monkeypatch.setattr("lib.log.plot_log", lambda log_path, path, *_: path.write_bytes(b"picture"))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield tmp_path
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def write_data(folder, train_ids, val_ids):
-    folder.mkdir(parents=True)
-    meta = {"dtype": "uint16", "vocab_size": 49_152}
-    for split, ids in (("train", train_ids), ("val", val_ids)):
-        content = ids.numpy().astype("<u2").tobytes()
-        (folder / f"{split}.bin").write_bytes(content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        meta[split] = dict(tokens=len(ids), bytes=4 * len(ids), documents=1, sha256=sha256)
-    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def run(*flags):
@@ -74,41 +72,13 @@ def run(*flags):
     return errors.getvalue().strip() if exit.value.code == 2 else exit.value.code
 
 
-def command(*flags, launcher=()):
-    """Return the command line of train.py in a separate process."""
-    argv = list(flags) if "--init_from=resume" in flags else [*TINY, "--dataset=text", *flags]
-    return [sys.executable, *launcher, str(ROOT / "tests/exact_train.py"), *argv]
-
-
-def torchrun(*flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(command(*flags, launcher=launcher), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def command(*flags):
+    """Return the command line of a new run of train.py in a separate process."""
+    return [sys.executable, str(ROOT / "tests/exact_train.py"), *TINY, "--dataset=text", *flags]
 
 
 def load(folder):
     return torch.load(f"{folder}/ckpt.pt", weights_only=True)
-
-
-def flat(value, path=""):
-    """Every tensor and scalar of a checkpoint as {path: value}."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}/{key}").items()}
-    if isinstance(value, (list, tuple)):
-        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{path}/{i}").items()}
-    return {path: value}
-
-
-def differing(a, b, ignore=("/config/out_dir",)):
-    """Where two checkpoints are not the same to the bit."""
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    return [
-        path
-        for path in a
-        if path not in ignore
-        and not (torch.equal(a[path], b[path]) if torch.is_tensor(a[path]) else a[path] == b[path])
-    ]
 
 
 def rows(folder):
@@ -117,8 +87,8 @@ def rows(folder):
         return [row[:5] for row in csv.reader(file)]
 
 
-def assert_same(a, b, **how):
-    assert differing(load(a), load(b), **how) == []
+def assert_same(a, b, ignore=()):
+    assert set(list_differing(load(a), load(b))) <= {"/config/out_dir", *ignore}
     assert rows(a) == rows(b)
 
 
@@ -132,40 +102,38 @@ def assert_same(a, b, **how):
         ["--gradient_accumulation_steps=2"],
         ["--dtype=bfloat16"],
         ["--dataset=short"],  # three iterations an epoch
-        ["--schedule=wsd", "--wsd_decay_iters=5", "--log_interval=5", "--sample_interval=3"],
+        ["--schedule=wsd", "--wsd_decay_iters=5", "--log_interval=5", "--sample_interval=5", SAMPLES],
     ],
     ids=["plain", "accumulation", "bfloat16", "epoch", "wsd"],
 )
 def test_straight_equals_resumed(place, flags):
     assert run("--out_dir=a", *flags) == 0
     assert run("--out_dir=b", "--max_iters=5", *flags) == 0
-    assert differing(load("a")["model"], load("b")["model"])  # the comparison sees
+    assert list_differing(load("a")["model"], load("b")["model"])  # the comparison sees
     assert run("--out_dir=b", *RESUME) == 0
     assert_same("a", "b")
     assert [row[0] for row in rows("a")[1:] if row[4]] == ["0", "4", "8", "12"]
 
 
-@pytest.mark.parametrize(
-    "numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["Ctrl-C", "SIGTERM twice"]
-)  # torture.py has the other signals, and deaths
-def test_a_signal_finishes_the_iteration_and_saves(place, numbers):
+def test_a_signal_finishes_the_iteration_and_saves(place):
+    """torture.py tries the other signals, and deaths."""
     assert run("--out_dir=a") == 0  # to 12 and on to where the other ends
     process = subprocess.Popen(
         command("--out_dir=b", "--max_iters=1000000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith("iter      5 | loss"):
-            for number in numbers:  # a scheduler may send it twice
-                process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)  # a scheduler may send it twice
             break
     output, errors = process.communicate()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGTERM
     assert errors == ""
     reached = load("b")["iter_num"]
-    assert f"stopped by {number.name}: iteration {reached} is in b/ckpt.pt" in output
+    assert f"stopped by SIGTERM: iteration {reached} is in b/ckpt.pt" in output
     for folder in ("a", "b"):
         assert run(f"--out_dir={folder}", "--init_from=resume", f"--max_iters={reached + 9}") == 0
-    assert differing(load("a"), load("b")) == []
+    assert list_differing(load("a"), load("b")) == ["/config/out_dir"]
 
 
 def test_a_signal_before_the_first_iteration_gets_one_line(place):
@@ -189,25 +157,7 @@ def test_a_closed_stdout_loses_nothing(place):
     assert process.returncode == 0 and len(process.stdout.splitlines()) == 1
     assert process.stderr == "note: no more output, stdout is gone (Broken pipe); the run continues\n"
     assert_same("a", "b")
-
-
-def test_printed_commands_can_be_pasted(place, capfd):
-    assert run("--out_dir=my run", "--max_iters=1") == 0
-    assert "--init_from=resume --out_dir='my run';" in run("--out_dir=my run", "--max_iters=1")
-    assert run("--out_dir=my run", "--init_from=resume") == 0
-    assert "python train.py --init_from=resume --out_dir='my run' --max_iters=51" in capfd.readouterr().out
-
-
-def test_two_runs_cannot_share_a_folder(place):
-    first = subprocess.Popen(command("--out_dir=a", "--max_iters=100000"), stdout=subprocess.PIPE, text=True)
-    for line in first.stdout:
-        if " | loss" in line:
-            break
-    second = subprocess.run(command("--out_dir=a", "--overwrite=True"), capture_output=True, text=True)
-    first.kill()
-    first.communicate()
-    assert second.returncode == 1
-    assert second.stderr.startswith("error: a is in use by another process") and second.stderr.count("\n") == 1
+    assert Path("b/loss.png").stat().st_size > 5_000
 
 
 def test_other_threads_are_noted(place, capfd):
@@ -222,17 +172,17 @@ def test_other_threads_are_noted(place, capfd):
 
 
 def test_prompts_of_any_length(place):
-    assert run("--out_dir=a", "--max_iters=1", "--sample_interval=1", "--sample_prompt=") == 0
-    message = run("--out_dir=b", "--max_iters=1", "--sample_interval=1", "--sample_prompt=" + 99 * "word ")
+    assert run("--out_dir=a", "--max_iters=1", "--sample_interval=1", "--sample_prompt=", SAMPLES) == 0
+    message = run("--out_dir=b", "--sample_interval=1", "--sample_prompt=" + 99 * "word ", SAMPLES)
     assert "sample_prompt is longer than the context (64): shorten it" in message
 
 
 def test_looking_does_not_disturb(place):
     """Other evaluations and samples: the same losses and the same weights to the bit."""
-    assert run("--out_dir=a") == 0
-    assert run("--out_dir=b", "--eval_interval=3", "--eval_iters=5", "--sample_interval=2") == 0
+    assert run("--out_dir=a", SAMPLES) == 0
+    assert run("--out_dir=b", "--eval_interval=3", "--eval_iters=5", "--sample_interval=2", SAMPLES) == 0
     a, b = load("a"), load("b")
-    assert differing(a["model"], b["model"]) == differing(a["optimizer"], b["optimizer"]) == []
+    assert list_differing(a["model"], b["model"]) == list_differing(a["optimizer"], b["optimizer"]) == []
     assert [row for row in rows("a") if row[1]] == [row for row in rows("b") if row[1]]
 
 
@@ -248,15 +198,15 @@ def test_torchrun(place):
         assert [float(x or 0) for x in left] == pytest.approx([float(x or 0) for x in right], abs=1e-4)
 
 
-def test_the_mean_is_over_the_tokens_that_carry_a_loss(place, real_ids):
+def test_the_mean_is_over_the_tokens_that_carry_a_loss(place):
     """However the batch is cut: whole, in micro-batches, among processes. The mask is uneven, one row has no loss."""
-    ids = real_ids[: 24 * 17].tolist()
+    ids = TEXT[: 24 * 17]
     rows_of_ones = [[0] * 17, [0] + [1] * 16] + [[0] * n + [1] * (17 - n) for n in range(14, 4, -1)]
-    write_dataset(place / "data/chat", ids, ids[:34], sum(rows_of_ones, []), vocab_size=49_152, block_size=16)
-    flags = ["--dataset=chat", "--max_iters=3", "--learning_rate=1e-3", "--warmup_iters=0", "--grad_clip=0"]
+    write_dataset(place / "data/chat", ids, ids[:34], sum(rows_of_ones, []), vocab_size=256, block_size=16)
+    flags = [*TINY, "--dataset=chat", "--max_iters=3", "--learning_rate=1e-3", "--warmup_iters=0", "--grad_clip=0"]
     run(*flags, "--out_dir=a", "--batch_size=8")
     run(*flags, "--out_dir=b", "--batch_size=2", "--gradient_accumulation_steps=4")
-    torchrun(*flags, "--out_dir=c", "--batch_size=4", "--gradient_accumulation_steps=2")
+    several(place, [*flags, "--out_dir=c", "--batch_size=4", "--gradient_accumulation_steps=2"])
     for other in ("b", "c"):
         for a, b in zip(rows("a")[1:], rows(other)[1:], strict=True):
             assert [float(v or 0) for v in a] == pytest.approx([float(v or 0) for v in b], rel=1e-5)
@@ -291,28 +241,27 @@ def test_sharded(place):
     """
     passes = ["--batch_size=2", "--gradient_accumulation_steps=4"]  # two in each process
     two = [*TINY, "--dataset=text", *passes, "--eval_interval=6", "--eval_iters=3", "--shard=True"]
-    rest = ["--sample_interval=3", "--save_best=True", "--activation_checkpointing=True"]
-    muon = ["--optimizer=muon", "--max_iters=4"]
+    rest = ["--save_best=True", "--activation_checkpointing=True"]
+    muon = ["--optimizer=muon", "--max_iters=4", SAMPLES]
     several(
         place,
         [*two, "--out_dir=copies", "--shard=False"],
         [*two, "--out_dir=a"],
         [*two, "--out_dir=b", "--max_iters=5", *rest],
         [*two, "--out_dir=m", *muon],
-        [*two, "--out_dir=n", *muon, "--max_iters=2"],
+        [*two, "--out_dir=n", *muon, "--max_iters=2", "--sample_interval=2"],
     )
     shutil.copytree("b", "c")
-    assert run("--out_dir=c", "--init_from=resume", "--max_iters=8", "--sample_interval=0") == 0  # one process
+    assert run("--out_dir=c", "--init_from=resume", "--max_iters=8") == 0  # one process
     several(
         place,
         ["--out_dir=b", *RESUME],
         ["--out_dir=c", *RESUME],
         ["--out_dir=n", "--init_from=resume", "--max_iters=4"],
     )
-    flags = ("sample_interval", "save_best", "activation_checkpointing")
-    assert_same("a", "b", ignore=[f"/config/{name}" for name in ("out_dir", *flags)])
-    assert_same("m", "n")
-    assert flat(load("a")).keys() == flat(load("copies")).keys()
+    assert_same("a", "b", ignore=["/config/save_best", "/config/activation_checkpointing"])
+    assert_same("m", "n", ignore=["/config/sample_interval"])
+    assert flatten(load("a")).keys() == flatten(load("copies")).keys()
     for other in ("copies", "c"):
         for row, expected in zip(rows("a")[1:], rows(other)[1:], strict=True):
             losses = ([float(x or 0) for x in (r[1], r[4])] for r in (row, expected))
@@ -368,13 +317,13 @@ train.main(train.configure(train.TrainConfig, saved=train.saved_settings))
 
 def test_compiled_and_eager_share_checkpoints(place, capfd):
     assert run("--out_dir=eager", "--max_iters=6") == 0
-    keys = flat(load("eager")).keys()
+    keys = flatten(load("eager")).keys()
     assert run("--out_dir=b", "--max_iters=2", "--compile=True") == 0
     assert "; compiled\n" in capfd.readouterr().out
-    assert flat(load("b")).keys() == keys
+    assert flatten(load("b")).keys() == keys
     assert run("--out_dir=b", "--init_from=resume", "--max_iters=4", "--compile=False") == 0
     assert run("--out_dir=b", "--init_from=resume", "--max_iters=6", "--compile=True") == 0
-    assert flat(load("b")).keys() == keys
+    assert flatten(load("b")).keys() == keys
     eager, mixed = load("eager")["model"], load("b")["model"]
     assert max((eager[name] - mixed[name]).abs().max().item() for name in eager) < 1e-3
 
@@ -496,16 +445,17 @@ def test_resume_restores_settings_and_prints_what_changed(place, capfd):
     assert run("--out_dir=a", "--max_iters=3", "--weight_decay=0.2") == 0
     capfd.readouterr()
     flags = ["--out_dir=a", "--init_from=resume", "--max_iters=5", "--learning_rate=0.02", "--eval_iters=1"]
+    flags += ["--rope_theta=500000"]  # fits any tensors
     flags += ["--min_lr=0.002"]  # above learning_rate's default: only the saved one counts
     assert run(*flags) == 0
     output = capfd.readouterr().out
     assert "resuming at iteration 4, from a/ckpt.pt" in output
     changed = re.findall(r"^    (\w+: .*)$", output, re.M)
     settings = ["eval_iters: 2 -> 1", "learning_rate: 0.01 -> 0.02", "max_iters: 3 -> 5", "min_lr: None -> 0.002"]
-    assert sorted(changed) == settings
+    assert sorted(changed) == [*settings, "rope_theta: 100000.0 -> 500000.0"]
     after = load("a")
-    assert after["iter_num"] == 5 and after["config"]["weight_decay"] == 0.2
     config = TrainConfig(**after["config"])
+    assert (after["iter_num"], config.weight_decay, config.rope_theta) == (5, 0.2, 5e5)
     assert [float(row[2]) for row in rows("a")[1:] if row[1]][3:] == [get_lr(config, 3), get_lr(config, 4)]
 
 
@@ -519,23 +469,20 @@ def test_a_resume_at_the_end_repeats_the_last_evaluation(place, capfd):
     assert run("--out_dir=a", *RESUME) == 0
     output = capfd.readouterr().out
     assert "a/ckpt.pt is at iteration 12 already: nothing to train" in output and "checkpoint  " not in output
-    assert (differing(load("a"), before[0]), rows("a")) == ([], before[1])
+    assert (list_differing(load("a"), before[0]), rows("a")) == ([], before[1])
 
 
 def test_a_second_run_does_not_lose_the_first(place, capfd):
-    assert run("--out_dir=a", "--max_iters=2") == 0
-    before = {path: path.read_bytes() for path in Path("a").iterdir()}
-    message = run("--out_dir=a", "--max_iters=1")
-    assert "a/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir=a" in message
-    assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
-    assert run("--out_dir=a", "--max_iters=1", "--overwrite=True") == 0
-    assert load("a")["iter_num"] == 1
-
-
-def test_a_resume_of_a_run_that_never_saved_says_what_is_there(place):
-    Path("a").mkdir()
-    Path("a/log.csv").write_text("iter,loss\n")
-    assert "there is no checkpoint a/ckpt.pt: train first" in run("--out_dir=a", *RESUME)
+    """And the commands that are printed can be pasted."""
+    assert run("--out_dir=my run", "--max_iters=2") == 0
+    before = {path: path.read_bytes() for path in Path("my run").iterdir()}
+    message = run("--out_dir=my run", "--max_iters=1")
+    assert "my run/ckpt.pt holds an earlier run: to continue it, --init_from=resume --out_dir='my run';" in message
+    assert {path: path.read_bytes() for path in Path("my run").iterdir()} == before
+    assert run("--out_dir=my run", "--init_from=resume") == 0
+    assert "python train.py --init_from=resume --out_dir='my run' --max_iters=52" in capfd.readouterr().out
+    assert run("--out_dir=my run", "--max_iters=1", "--overwrite=True") == 0
+    assert load("my run")["iter_num"] == 1
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -596,13 +543,6 @@ def test_weights_bring_their_networks_settings_and_flags_hold(place, capfd):
     assert not Path("d").exists()
 
 
-def test_settings_that_fit_any_tensors_may_change_on_resume(place, capfd):
-    assert run("--out_dir=a", "--max_iters=2") == 0
-    assert run("--out_dir=a", "--init_from=resume", "--max_iters=3", "--rope_theta=500000") == 0
-    assert "    rope_theta: 100000.0 -> 500000.0" in capfd.readouterr().out
-    assert load("a")["config"]["rope_theta"] == 5e5
-
-
 def test_the_best_weights_are_kept_where_asked(place):
     assert run("--out_dir=a") == 0 and not Path("a/best.pt").exists()
     assert run("--out_dir=b", "--save_best=True", "--eval_interval=1", "--max_iters=6") == 0
@@ -611,15 +551,8 @@ def test_the_best_weights_are_kept_where_asked(place):
     best = torch.load("b/best.pt", weights_only=True)
     assert best["iter_num"] == min(val, key=val.get) <= 6 < max(val) and best["best_val_loss"] == min(val.values())
     assert "optimizer" not in best and best["config"]["hidden_size"] == 32
-    assert "has no optimizer: begin a new run with its weights" in read_error("b/best.pt")
     assert run("--out_dir=c", "--init_from=b/best.pt", "--max_iters=1") == 0
     assert float(rows("c")[1][4]) == min(val.values())
-
-
-def read_error(path):
-    with pytest.raises(SystemExit) as exit:
-        read_checkpoint(path)
-    return exit.value.code
 
 
 # ---- The loop against one of transformers and torch
@@ -697,10 +630,6 @@ def test_learning_rate():
 # ---- What bad input gets: one line, no traceback, nothing on the disk changed
 
 
-def break_file(name, change):
-    return lambda: Path(name).write_bytes(change(Path(name).read_bytes()))
-
-
 def poisoned_checkpoint():
     checkpoint = load("a")
     checkpoint["model"]["model.norm.weight"][0] = math.inf
@@ -711,8 +640,6 @@ ERRORS = {
     "missing dataset": (["--dataset=nowhere"], None, r"nowhere/meta.json does not exist: run python prepare"),
     "short text": (["--block_size=500", "--max_position_embeddings=500"], None, r"val holds 500 tokens, fewer"),
     "missing checkpoint": (["--init_from=resume", "--out_dir=b"], None, r"there is no checkpoint b/ckpt.pt"),
-    "truncated checkpoint": (
-        ["--init_from=resume", "--out_dir=a"], break_file("a/ckpt.pt", lambda b: b[:-999]), r"ckpt.pt cannot be used"),
     "another shape": (
         ["--init_from=resume", "--out_dir=a", "--max_iters=5", "--hidden_size=64"], None,
         r"hidden_size is set to 64, but the model in a/ckpt.pt has 32"),
@@ -728,15 +655,14 @@ ERRORS = {
         lambda: os.symlink("/dev/full", f"a/log.csv.{os.getpid()}.tmp"),
         r"No space left on device: the disk is full: free some"),
     "out_dir that is not UTF-8": (["--out_dir=caf\udce9"], None, r"--out_dir is not UTF-8"),
-    "no such device": (["--device=cuda:7"], None, r"device cuda:7 cannot be used"),
     "no such release": (["--init_from=instuct"], None, r"did you mean instruct"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors(place, case, real_ids, capfd):
+def test_errors(place, case, capfd):
     flags, prepare, message = ERRORS[case]
-    write_data(place / "data/other", real_ids[:2000], real_ids[2000:2500])
+    write_dataset(place / "data/other", TEXT[:2000], TEXT[2000:2500], vocab_size=256)
     assert run("--out_dir=a", "--max_iters=3") == 0
     if prepare:
         prepare()
@@ -746,14 +672,6 @@ def test_errors(place, case, real_ids, capfd):
     assert text.startswith("error: ") and re.search(message, text) and "\n" not in text
     after = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file() and path.name != "log.csv"}
     assert after == {path: content for path, content in before.items() if path.name != "log.csv"}
-
-
-@pytest.mark.parametrize("flag", ["--max_itres=3", "--max_iters=many", "--dtype=float8"])
-def test_a_wrong_command(place, flag):
-    result = subprocess.run(command(flag), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1 and flag.strip("-").split("=")[0] in result.stderr
-    assert sorted(path.name for path in place.iterdir()) == ["data"]
 
 
 def test_a_full_disk(place, monkeypatch):
@@ -782,14 +700,10 @@ def test_out_of_memory(place, monkeypatch):
 # ---- A new run over an old one
 
 
-@pytest.mark.parametrize(
-    "weights", ["a/ckpt.pt", "a/best.pt", "./a/../a/ckpt.pt", "/a/ckpt.pt", "link/ckpt.pt", "c.pt"]
-)
+@pytest.mark.parametrize("weights", ["a/best.pt", "link.pt"])
 def test_a_run_may_begin_with_the_weights_that_it_replaces(place, weights):
     assert run("--out_dir=a", "--save_best=True", "--eval_interval=12") == 0
-    Path("link").symlink_to("a")
-    Path("c.pt").symlink_to("a/ckpt.pt")
-    weights = str(place) + weights if weights.startswith("/") else weights
+    Path("link.pt").symlink_to("a/ckpt.pt")
     last = rows("a")[-1][4]
     assert run("--out_dir=a", f"--init_from={weights}", "--overwrite=True", "--max_iters=1") == 0
     assert rows("a")[1][4] == last and load("a")["iter_num"] == 1 and not Path("a/best.pt").exists()
@@ -813,6 +727,7 @@ def test_a_run_that_is_refused_replaces_nothing(place, monkeypatch, flags):
         return forward(self, idx, *args)
 
     monkeypatch.setattr(train.SmolLM2, "forward", full)
+    monkeypatch.setattr("lib.machine.check_compiled", lambda config: None)  # half a minute, and it passes
     assert str(run("--out_dir=a", "--init_from=a/ckpt.pt", "--overwrite=True", *flags)).startswith("error: ")
     assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
 
@@ -831,16 +746,9 @@ def test_a_resume_takes_new_learning_rates(place):
     flags = ["--optimizer=muon", "--muon_learning_rate=0.002", "--weight_decay=0", "--warmup_iters=0"]
     assert run("--out_dir=a", "--max_iters=2", *flags) == 0
     hidden, embedding = steps()
+    assert steps("--muon_learning_rate=0") == pytest.approx([0, embedding], rel=1e-3)  # not the default
     assert steps("--muon_learning_rate=0.0005") == pytest.approx([hidden / 4, embedding], rel=1e-3)
     assert steps("--learning_rate=0.005", "--min_lr=0.0005") == pytest.approx([hidden, embedding / 2], rel=1e-3)
-
-
-def test_a_muon_learning_rate_of_zero_is_not_the_default(place):
-    """Nothing moves the blocks' matrices then."""
-    run("--optimizer=muon", "--muon_learning_rate=0", "--out_dir=a", "--max_iters=2")
-    initial = train.build_model(TrainConfig(**load("a")["config"]), "cpu").state_dict()
-    moved = {name for name, p in load("a")["model"].items() if not torch.equal(p, initial[name])}
-    assert "model.embed_tokens.weight" in moved and not any("proj" in name for name in moved)
 
 
 def test_muon_against_two_optimizers_of_torch(place):

@@ -47,14 +47,16 @@ import lib.processes  # noqa: E402
 import train  # noqa: E402
 
 lib.log.plot_log = lambda *_: None  # a picture takes longer than the iterations between two of them
-lib.processes.pick_matmul = lambda *_: ("float32", "highest")  # not measured: the fastest may differ
 save = torch.save
 torch.save = lambda checkpoint, file: (save(checkpoint, file), file.flush(), time.sleep(0.02))  # time to be killed
 
 from configurator import configure  # noqa: E402
 
+from exact_train import list_differing, pick_matmul  # noqa: E402
 from networks import write_dataset  # noqa: E402
 from spoil import spoil  # noqa: E402
+
+lib.processes.pick_matmul = pick_matmul
 
 ITERS, SAVES = 40, 10  # iterations in a run, and between saves
 EXPECTED = {}  # number of processes: read_state() of the undisturbed run
@@ -138,27 +140,13 @@ def resume(folder, processes=1):
     return False
 
 
-def flatten(value, path=""):
-    """Return {path: value} of everything in a checkpoint that is not a dict or list."""
-    if isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {path: value}
-    return {name: leaf for key, item in value.items() for name, leaf in flatten(item, f"{path}/{key}").items()}
-
-
 def read_state(folder):
     """Return {name: value} of everything in out/ckpt.pt that must be equal, and the rows of log.csv without timings."""
     checkpoint = torch.load(folder / "out/ckpt.pt", weights_only=True)
     keys = ("model", "optimizer", "scheduler", "iter_num", "best_val_loss")
     with open(folder / "out/log.csv", newline="") as file:
-        rows = {f"row {i}": tuple(row[:6]) for i, row in enumerate(csv.reader(file))}
-    return flatten({key: checkpoint[key] for key in keys}) | rows
-
-
-def count_differing(a, b):
-    equal = [k for k in a.keys() & b.keys() if (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
-    return len(a.keys() | b.keys()) - len(equal)
+        rows = {f"row {i}": ",".join(row[:6]) for i, row in enumerate(csv.reader(file))}
+    return {key: checkpoint[key] for key in keys} | rows
 
 
 def count_lost(folder):
@@ -243,7 +231,7 @@ def damage(name, change, checksums=True):
         silent = code not in (1, 2) or len(list_errors(folder)) != 1
         if code == 0:
             unnoticed = checksums and "note: " not in read_output(folder)
-            silent = unnoticed and count_differing(EXPECTED[1], read_state(folder))
+            silent = unnoticed and list_differing(EXPECTED[1], read_state(folder))
         shutil.rmtree(folder / "out")
         shutil.rmtree(folder / "data")
         prepare(folder)
@@ -325,7 +313,7 @@ def torture(config):
                 finished = resume(folder, processes)
                 row[0] += 1
                 row[1] = max(row[1], iterations)
-                row[2] += count_differing(EXPECTED[processes], read_state(folder)) if finished else 1
+                row[2] += len(list_differing(EXPECTED[processes], read_state(folder))) if finished else 1
                 row[3] += "Traceback" in read_output(folder)
                 row[4] += bool(silent)
                 shutil.rmtree(folder)
