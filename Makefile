@@ -1,5 +1,5 @@
-# make          set up, verify, then train a small SmolLM2, stop it, resume it and sample from it: four to ten minutes
-# make test     lint and every test: under ten minutes
+# make          set up, verify, then train a small SmolLM2, stop it, resume it and sample from it: seven minutes
+# make test     lint and every test: under eight minutes
 # make verify   discover the architecture, then compare model.py with the official weights: four minutes
 # make bench    compare speed and memory with transformers and this machine's limit: half an hour to an hour
 # make torture  kills, signals, full disks and damaged files, fifty times each: about an hour

@@ -66,10 +66,10 @@ def print_resume(checkpoint, config, machine):
     path, iter_num, saved = Path(config.out_dir) / "ckpt.pt", checkpoint["iter_num"], checkpoint["config"]
     if iter_num >= config.max_iters:
         more = f"--init_from=resume --out_dir={shlex.quote(config.out_dir)} --max_iters={iter_num + 50}"
-        say(f"{path} is at iteration {iter_num} already: nothing to train, only the last evaluation to repeat")
+        say(f"{path} is at iteration {iter_num:,} already: nothing to train, only the last evaluation to repeat")
         say(f"to train longer: python train.py {more}")
     else:
-        say(f"resuming at iteration {iter_num + 1}, from {path}: every tensor matches its checksum")
+        say(f"resuming at iteration {iter_num + 1:,}, from {path}: every tensor matches its checksum")
     for line in differences(saved, asdict(config)):
         say(f"    {line}")
     now, before = (c["batch_size"] * c["gradient_accumulation_steps"] for c in (asdict(config), saved))
@@ -103,7 +103,7 @@ class RunLog:
         left = self.tokens * (config.max_iters - iter_num)
         epochs = (sequences_read * config.block_size + left) / meta["train"]["tokens"]
         next_save = min(config.max_iters, (iter_num // config.eval_interval + 1) * config.eval_interval)
-        then = f", then every {config.eval_interval}" if next_save < config.max_iters else ""
+        then = f", then every {config.eval_interval:,}" if next_save < config.max_iters else ""
         read = config.eval_iters * config.batch_size * config.block_size
         first = "now and " if iter_num % config.eval_interval == 0 else ""
         threads = torch.get_num_threads()
@@ -122,13 +122,13 @@ class RunLog:
             f"{config.max_iters:,} iterations = {epochs:.2f} epochs\n"
             f"machine     {config.device}, {processes}, {threads} thread{'s' if threads > 1 else ''}; {matmuls}; "
             f"{'compiled' if config.compile else 'eager'}\n"
-            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save}{then}, and on Ctrl-C\n"
+            f"checkpoint  {Path(config.out_dir) / 'ckpt.pt'} at iteration {next_save:,}{then}, and on Ctrl-C\n"
             f"evaluation  on {read:,} tokens of val.bin, {first}after each checkpoint"
         )
         decay = config.lr_decay_iters - (config.wsd_decay_iters if config.schedule == "wsd" else 0)
         if config.warmup_iters > min(decay, config.max_iters):
-            end = f"the decay begins at {decay}" if decay < config.max_iters else f"the run ends at {config.max_iters}"
-            say(f"note: the peak learning rate is never reached: warmup takes {config.warmup_iters} iterations, {end}")
+            end = f"the decay begins at {decay:,}" if decay < config.max_iters else f"the run ends at {config.max_iters:,}"
+            say(f"note: the peak learning rate is never reached: warmup takes {config.warmup_iters:,} iterations, {end}")
 
     def open_file(self, iter_num):
         """
@@ -146,7 +146,7 @@ class RunLog:
         due = iter_num - iter_num % config.log_interval
         last = max((int(row["iter"]) for row in kept if row.get("loss")), default=0)
         if last < due:
-            say(f"note: {self.path} has no rows from iteration {last + 1} to {due}: the curve has a gap there")
+            say(f"note: {self.path} has no rows from iteration {last + 1:,} to {due:,}: the curve has a gap there")
         with write_atomically(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
@@ -227,7 +227,7 @@ class RunLog:
     def stopped(self, number, iter_num):
         """Print which signal stopped the run, and how to continue."""
         out_dir = self.config.out_dir
-        say(f"stopped by {signal.Signals(number).name}: iteration {iter_num} is in {Path(out_dir) / 'ckpt.pt'}")
+        say(f"stopped by {signal.Signals(number).name}: iteration {iter_num:,} is in {Path(out_dir) / 'ckpt.pt'}")
         say(f"to continue: python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}")
 
 
