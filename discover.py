@@ -383,6 +383,7 @@ def prove(findings, sources, path):
 
 def draw(reader, hypothesis, differences, sources, tokens, context, path):
     """Plot NLL by theta and by position. Blue: the theta that was found; orange: ruled out; purple: inconclusive."""
+    print(f"\ndrawing {path}: the claimed thetas read all {context:,} tokens", flush=True)
     best = hypothesis.rope_theta
     claimed = {source: claims["rope_theta"] for source, claims in sources.items() if claims}
     for theta in claimed.values():
@@ -420,7 +421,6 @@ def draw(reader, hypothesis, differences, sources, tokens, context, path):
     right.set(xlabel="position (tokens)", ylabel=f"NLL (nats, mean of {width:,} tokens)", title=title)
     right.legend()
     save_picture(figure, path)
-    print(f"wrote {path}")
 
 
 @torch.no_grad()
