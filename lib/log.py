@@ -127,8 +127,9 @@ class RunLog:
         )
         decay = config.lr_decay_iters - (config.wsd_decay_iters if config.schedule == "wsd" else 0)
         if config.warmup_iters > min(decay, config.max_iters):
-            end = f"the decay begins at {decay:,}" if decay < config.max_iters else f"the run ends at {config.max_iters:,}"
-            say(f"note: the peak learning rate is never reached: warmup takes {config.warmup_iters:,} iterations, {end}")
+            what, end = ("the decay begins", decay) if decay < config.max_iters else ("the run ends", config.max_iters)
+            warmup = f"warmup takes {config.warmup_iters:,} iterations, {what} at {end:,}"
+            say(f"note: the peak learning rate is never reached: {warmup}")
 
     def open_file(self, iter_num):
         """
