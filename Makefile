@@ -1,4 +1,4 @@
-# make          set up, verify, then train a small SmolLM2, stop it, resume it and sample from it: seven minutes
+# make          set up, verify, then train a small SmolLM2, stop it, resume it and sample from it: eight minutes
 # make test     lint and every test: under eight minutes
 # make verify   discover the architecture, then compare model.py with the official weights: four minutes
 # make bench    compare speed and memory with transformers and this machine's limit: half an hour to an hour
