@@ -6,7 +6,7 @@ Read a script's settings: dataclass defaults < checkpoint (on resume) < config f
     python train.py --help                           every setting with its type and default
 
 A script lists its settings once, in a frozen dataclass at its top, and reads them with `configure(XConfig)`.
-It imports this file before torch, which takes seconds: --help is answered without it, see start() at the end.
+It imports this file before torch, because importing torch takes seconds: start(), at the end, answers --help first.
 An unknown name or a value of the wrong type is a one-line error with exit code 2, before anything is touched.
 """
 
@@ -112,7 +112,7 @@ def differences(old, new):
 
 
 def print_help(script):
-    """Print every setting of a script with its type, its default and the comment behind it, read from the source."""
+    """Print every setting of a script with its type, its default and the comment after it, read from its source."""
     settings = r'^class \w+Config(?:\((\w+)\))?:\n    """(.+?)"""\n(.+?)\n\n\n'
     base, doc, body = re.search(settings, script.read_text(encoding="utf-8"), re.M | re.S).groups()
     if base == "ModelConfig":
@@ -166,8 +166,8 @@ def start(script):
     if "\nimport torch" in script.read_text(encoding="utf-8") and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print("loading torch", flush=True)
-    # OpenMP's threads wait for each other by spinning. Next to a busy program, two of them on two cores keep the thread
-    # that they wait for from running: an iteration of nano takes 326 ms instead of 125. If they sleep soon, 249 ms.
+    # OpenMP's threads spin while they wait for each other. Next to a busy program, that keeps the thread they wait for
+    # off its core: an iteration of nano takes 326 ms instead of 125. If they spin only briefly, then sleep, it is 249.
     with contextlib.suppress(OSError, AttributeError):  # only Linux has these
         running = []
         for _ in range(5):  # the lowest of five counts is of programs that keep running

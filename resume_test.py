@@ -79,7 +79,7 @@ def main(config):
         for path in folders.values():
             path.mkdir()
         print(f"{source}: iteration {start:,}; straight to {end:,}, and with a stop at {stop:,}", flush=True)
-        print(f"with two controls: {6 * config.iters:,} iterations in all", flush=True)
+        print(f"including two controls, {6 * config.iters:,} iterations to train", flush=True)
         print(f"\n{'':<43} values that differ", flush=True)
         shutil.copyfile(source, folders["straight"] / "ckpt.pt")
         shutil.copyfile(source, folders["resumed"] / "ckpt.pt")

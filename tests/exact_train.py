@@ -1,6 +1,6 @@
 """
-train.py with fp32 matmuls by one library, without timing which is faster: so two runs of a test give the same bits on a
-busy machine as well. And where two checkpoints differ.
+Run train.py with a fixed choice of fp32 matmuls, because the measured one may differ between runs on a busy machine.
+Also list where two checkpoints differ.
 """
 
 import sys
